@@ -1,0 +1,2 @@
+//! config (being written)
+pub mod units;

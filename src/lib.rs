@@ -1,0 +1,3 @@
+//! weir
+pub mod config;
+pub mod simulator;
