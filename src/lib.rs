@@ -1,3 +1,2 @@
 //! weir
 pub mod config;
-pub mod simulator;

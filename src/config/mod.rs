@@ -1,2 +1,493 @@
-//! config (being written)
+//! The configuration: a file in, a checked [`Config`] out, or every complaint at once.
+//!
+//! Two stages. What the file says is read by [`reader`], key by key; what comes out here is resolved (secrets looked up,
+//! addresses parsed, shares taken) and can be trusted by everything else. An empty file is a whole configuration.
+
+mod effective;
+mod reader;
+mod secret;
 pub mod units;
+mod upstream_url;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
+use std::time::Duration;
+
+use reader::{Document, FromToml, Section};
+use toml::de::DeValue;
+
+pub use reader::Complaint;
+pub use secret::Secret;
+pub use units::Rate;
+pub use upstream_url::UpstreamUrl;
+
+/// Everything an operator can choose, checked. The names are those of config.toml, where each is explained.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    pub server: Server,
+    pub upstream: Upstream,
+    pub limits: Limits,
+    pub queue: Queue,
+    pub retry: Retry,
+    pub timeouts: Timeouts,
+    pub log: Log,
+    /// Limits of single models, on top of `limits`; `"*"` stands for every model not named.
+    pub models: BTreeMap<String, ModelLimits>,
+}
+
+/// `[server]`: who may connect, and how slow a client may be.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Server {
+    pub listen: Vec<SocketAddr>,
+    pub admin_listen: SocketAddr,
+    /// Bytes of a metered call's body.
+    pub max_body: u64,
+    pub max_connections: u32,
+    pub header_timeout: Duration,
+    pub body_timeout: Duration,
+    pub write_timeout: Duration,
+    pub keep_alive: Duration,
+    pub drain: Duration,
+    pub allow_anonymous: bool,
+}
+
+/// `[upstream]`: the gateway.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Upstream {
+    pub base_url: UpstreamUrl,
+    /// Replaces the clients' own keys; absent, theirs go through.
+    pub api_key: Option<Secret>,
+}
+
+/// `[limits]`: shared by all that passes.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Limits {
+    pub requests: Option<Rate>,
+    pub concurrency: Concurrency,
+    /// Each weir takes this part of every limit in the file. Never 0.
+    pub replicas: u32,
+}
+
+/// How many requests may be under way at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Concurrency {
+    /// Each lane (an upstream credential and a model) finds its own.
+    Adaptive,
+    /// So many, all together. Never 0.
+    Fixed(u32),
+}
+
+/// `[models.NAME]`: limits of one model.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ModelLimits {
+    pub requests: Option<Rate>,
+    /// Never 0.
+    pub concurrency: Option<u32>,
+}
+
+/// `[queue]`: who may wait, and for how long.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Queue {
+    pub max_waiting: u32,
+    /// Bytes of request bodies held in memory, all together.
+    pub max_bytes: u64,
+    pub max_wait: Duration,
+}
+
+/// `[retry]`: how often, and how soon, to try again.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Retry {
+    pub max_retries: u32,
+    pub base_delay: Duration,
+    pub max_delay: Duration,
+    /// Retries per first attempt, over ten seconds.
+    pub budget: f64,
+}
+
+/// `[timeouts]`: how long the gateway may take.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Timeouts {
+    pub connect: Duration,
+    pub first_event: Duration,
+    pub response: Duration,
+    pub idle: Duration,
+    pub deadline: Duration,
+}
+
+/// `[log]`: what is told on stderr.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Log {
+    pub format: LogFormat,
+    pub level: LogLevel,
+}
+
+/// `log.format`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// Text on a terminal, JSON elsewhere.
+    Auto,
+    Text,
+    Json,
+}
+
+/// `log.level`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+}
+
+/// Why a configuration can't be used: every complaint, a line each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Complaints(pub Vec<Complaint>);
+
+impl fmt::Display for Complaints {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, complaint) in self.0.iter().enumerate() {
+            let line_break = if i == 0 { "" } else { "\n" };
+            write!(f, "{line_break}{complaint}")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Complaints {}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self::parse("", &|_| None).expect("an empty file is a whole configuration")
+    }
+}
+
+impl Config {
+    /// Reads and checks a file; secrets are looked up in the process's environment.
+    ///
+    /// # Errors
+    /// That the file can't be read, or all that is wrong with what is in it.
+    pub fn load(path: &Path) -> Result<Self, Complaints> {
+        let source = std::fs::read_to_string(path).map_err(|error| {
+            let message = format!("cannot read {}: {error}", path.display());
+            Complaints(vec![Complaint { line: None, path: String::new(), message }])
+        })?;
+        Self::parse(&source, &|name| std::env::var(name).ok())
+    }
+
+    /// Checks a configuration's text; `env` looks an environment variable up.
+    ///
+    /// # Errors
+    /// All that is wrong with it.
+    pub fn parse(source: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, Complaints> {
+        let document = Document::new(source);
+        let table = document.parse();
+        let config = Self::read(&document.root(table.get_ref()), env);
+        match document.complaints() {
+            none if none.is_empty() => Ok(config),
+            complaints => Err(Complaints(complaints)),
+        }
+    }
+
+    /// The path of every option there is, for the test that holds config.toml against the code.
+    pub fn option_paths() -> Vec<String> {
+        let document = Document::new("[models.NAME]\n");
+        let table = document.parse();
+        Self::read(&document.root(table.get_ref()), &|_| None);
+        document.known_keys()
+    }
+
+    fn read(root: &Section<'_>, env: &dyn Fn(&str) -> Option<String>) -> Self {
+        root.not_yet("clients", "every client is served alike; leave [clients] out");
+        root.not_yet("breaker", "leave [breaker] out");
+        let upstream = Upstream::read(&root.section("upstream"), env);
+        let limits = Limits::read(&root.section("limits"));
+        let models = root.sections("models");
+        Self {
+            models: models.iter().map(|(name, section)| (name.to_string(), ModelLimits::read(section))).collect(),
+            server: Server::read(&root.section("server"), &upstream),
+            upstream,
+            limits,
+            queue: Queue::read(&root.section("queue")),
+            retry: Retry::read(&root.section("retry")),
+            timeouts: Timeouts::read(&root.section("timeouts")),
+            log: Log::read(&root.section("log")),
+        }
+    }
+}
+
+impl Server {
+    fn read(section: &Section<'_>, upstream: &Upstream) -> Self {
+        section.not_yet("tls", "end TLS in front of it and leave tls out");
+        section.not_yet("admin_token", "keep admin_listen on a loopback address and leave admin_token out");
+        section.not_yet("lame_duck", "leave it out");
+        let server = Self {
+            listen: section
+                .get_checked("listen", vec![Listen(loopback(8080))], at_least_one)
+                .iter()
+                .map(|l| l.0)
+                .collect(),
+            admin_listen: section.get_or("admin_listen", Listen(loopback(9090))).0,
+            max_body: section.get_checked("max_body", Size(32 << 20), |size| size.at_least(1 << 10)).0,
+            max_connections: section.get_checked("max_connections", 10_000, positive),
+            header_timeout: section.get_checked("header_timeout", Duration::from_secs(10), some_time),
+            body_timeout: section.get_checked("body_timeout", Duration::from_secs(30), some_time),
+            write_timeout: section.get_checked("write_timeout", Duration::from_secs(60), some_time),
+            keep_alive: section.get_checked("keep_alive", Duration::from_secs(75), some_time),
+            drain: section.get_or("drain", Duration::from_secs(300)),
+            allow_anonymous: section.get_or("allow_anonymous", false),
+        };
+        server.refuse_clashes(section);
+        server.refuse_an_open_relay(section, upstream);
+        server
+    }
+
+    fn refuse_clashes(&self, section: &Section<'_>) {
+        if self.admin_listen.port() != 0 && self.listen.contains(&self.admin_listen) {
+            section.complain("admin_listen", "is the address that clients use (listen); give it a port of its own");
+        }
+    }
+
+    /// With a key of its own and an open door, weir would lend the key to everyone who finds it.
+    fn refuse_an_open_relay(&self, section: &Section<'_>, upstream: &Upstream) {
+        let open = self.listen.iter().find(|address| !address.ip().is_loopback());
+        if let (Some(address), Some(_), false) = (open, &upstream.api_key, self.allow_anonymous) {
+            section.complain(
+                "listen",
+                format!(
+                    "{address} can be reached from other machines, and upstream.api_key would be lent to everyone who \
+                     does; listen on 127.0.0.1, or leave api_key out so that clients' own keys go through, or set \
+                     allow_anonymous = true if something else keeps strangers away"
+                ),
+            );
+        }
+    }
+}
+
+impl Upstream {
+    fn read(section: &Section<'_>, env: &dyn Fn(&str) -> Option<String>) -> Self {
+        let api_key = section.get::<String>("api_key").and_then(|written| match Secret::resolve(&written, env) {
+            Ok(secret) => Some(secret),
+            Err(message) => {
+                section.complain("api_key", message);
+                None
+            }
+        });
+        Self { base_url: section.get_or("base_url", UpstreamUrl::default()), api_key }
+    }
+}
+
+impl Limits {
+    fn read(section: &Section<'_>) -> Self {
+        not_yet_in_a_limits_table(section);
+        Self {
+            requests: section.get("requests"),
+            concurrency: section.get_or("concurrency", Concurrency::Adaptive),
+            replicas: section.get_checked("replicas", 1, positive),
+        }
+    }
+}
+
+impl ModelLimits {
+    fn read(section: &Section<'_>) -> Self {
+        not_yet_in_a_limits_table(section);
+        let concurrency = section.get_checked("concurrency", 0, positive);
+        Self { requests: section.get("requests"), concurrency: (concurrency > 0).then_some(concurrency) }
+    }
+}
+
+fn not_yet_in_a_limits_table(section: &Section<'_>) {
+    section.not_yet("tokens", "limit requests and concurrency, and leave tokens out");
+    section.not_yet("mode", "leave it out");
+}
+
+impl Queue {
+    fn read(section: &Section<'_>) -> Self {
+        Self {
+            max_waiting: section.get_or("max_waiting", 10_000),
+            max_bytes: section.get_checked("max_bytes", Size(1 << 30), |size| size.at_least(1 << 20)).0,
+            max_wait: section.get_or("max_wait", Duration::from_secs(300)),
+        }
+    }
+}
+
+impl Retry {
+    fn read(section: &Section<'_>) -> Self {
+        Self {
+            max_retries: section.get_checked("max_retries", 3, |retries| match retries {
+                0..=20 => Ok(()),
+                _ => Err("is more than anyone would wait for; write 0 to 20".to_owned()),
+            }),
+            base_delay: section.get_or("base_delay", Duration::from_secs(1)),
+            max_delay: section.get_or("max_delay", Duration::from_secs(30)),
+            budget: section.get_checked("budget", 0.2, |budget| match budget {
+                0.0..=10.0 => Ok(()),
+                _ => {
+                    Err("write how many retries each first attempt pays for, from 0 to 10; 0.2 is a good value"
+                        .to_owned())
+                }
+            }),
+        }
+    }
+}
+
+impl Timeouts {
+    fn read(section: &Section<'_>) -> Self {
+        let timeout = |key, seconds| section.get_checked(key, Duration::from_secs(seconds), some_time);
+        Self {
+            connect: timeout("connect", 5),
+            first_event: timeout("first_event", 120),
+            response: timeout("response", 600),
+            idle: timeout("idle", 300),
+            deadline: timeout("deadline", 900),
+        }
+    }
+}
+
+impl Log {
+    fn read(section: &Section<'_>) -> Self {
+        section.not_yet("access", "finished requests are counted in the metrics; leave it out");
+        Self { format: section.get_or("format", LogFormat::Auto), level: section.get_or("level", LogLevel::Info) }
+    }
+}
+
+fn loopback(port: u16) -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, port).into()
+}
+
+fn positive(number: &u32) -> Result<(), String> {
+    if *number > 0 { Ok(()) } else { Err("0 would let nothing pass; write at least 1, or leave it out".to_owned()) }
+}
+
+fn some_time(duration: &Duration) -> Result<(), String> {
+    if duration.is_zero() { Err("0 leaves no time for anything; write at least \"1ms\"".to_owned()) } else { Ok(()) }
+}
+
+fn at_least_one(addresses: &Vec<Listen>) -> Result<(), String> {
+    if addresses.is_empty() { Err("is empty; write an address, as in \"127.0.0.1:8080\"".to_owned()) } else { Ok(()) }
+}
+
+/// An address to listen on.
+#[derive(Clone, Copy)]
+struct Listen(SocketAddr);
+
+impl FromToml for Listen {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        let text = String::from_toml(value)?;
+        if text.starts_with("unix:") {
+            return Err("unix sockets have no effect in this version of weir; write an address and a port".to_owned());
+        }
+        let numeric = text.strip_prefix("localhost:").map(|port| format!("127.0.0.1:{port}"));
+        numeric.as_deref().unwrap_or(&text).parse().map(Self).map_err(|_| {
+            format!(
+                "{text:?} is not an address; write an IP address and a port, as in \"127.0.0.1:8080\" or \"[::]:8080\""
+            )
+        })
+    }
+}
+
+impl FromToml for Duration {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        match value {
+            DeValue::Integer(number) => Err(format!("has no unit; write \"{}s\" if it means seconds", number.as_str())),
+            DeValue::String(text) => units::parse_duration(text),
+            other => Err(format!("is a {}; write a duration, as in \"30s\"", other.type_str())),
+        }
+    }
+}
+
+/// A number of bytes.
+#[derive(Clone, Copy)]
+struct Size(u64);
+
+impl Size {
+    fn at_least(&self, bytes: u64) -> Result<(), String> {
+        if self.0 >= bytes {
+            Ok(())
+        } else {
+            Err(format!("is too small to work; write at least {:?}", units::format_size(bytes)))
+        }
+    }
+}
+
+impl FromToml for Size {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        match value {
+            DeValue::Integer(number) => Err(format!("has no unit; write \"{}B\" if it means bytes", number.as_str())),
+            DeValue::String(text) => units::parse_size(text).map(Self),
+            other => Err(format!("is a {}; write a size, as in \"32MiB\"", other.type_str())),
+        }
+    }
+}
+
+impl FromToml for Rate {
+    /// `"600/min"`, or `{ rate = "600/min", burst = 60 }`.
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        const EXAMPLE: &str = r#"write "600/min", or { rate = "600/min", burst = 60 }"#;
+        let table = match value {
+            DeValue::String(text) => return Rate::parse(text),
+            DeValue::Table(table) => table,
+            other => return Err(format!("is a {}; {EXAMPLE}", other.type_str())),
+        };
+        let (mut rate, mut burst) = (None, None);
+        for (key, value) in table {
+            match key.get_ref().as_ref() {
+                "rate" => rate = Some(Rate::parse(&String::from_toml(value.get_ref())?)?),
+                "burst" => burst = Some(u32::from_toml(value.get_ref()).map_err(|message| format!("burst {message}"))?),
+                unknown => return Err(format!("{unknown:?} is not part of a rate; {EXAMPLE}")),
+            }
+        }
+        let rate = rate.ok_or_else(|| format!("has no rate; {EXAMPLE}"))?;
+        match burst {
+            Some(0) => Err("a burst of 0 would let nothing pass; write at least 1".to_owned()),
+            Some(burst) => Ok(rate.with_burst(burst)),
+            None => Ok(rate),
+        }
+    }
+}
+
+impl FromToml for Concurrency {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        match value {
+            DeValue::String(text) if text == "adaptive" => Ok(Self::Adaptive),
+            DeValue::Integer(_) => {
+                let number = u32::from_toml(value)?;
+                positive(&number).map(|()| Self::Fixed(number))
+            }
+            _ => Err("write \"adaptive\" or a whole number".to_owned()),
+        }
+    }
+}
+
+impl FromToml for LogFormat {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        match value.as_str() {
+            Some("auto") => Ok(Self::Auto),
+            Some("text") => Ok(Self::Text),
+            Some("json") => Ok(Self::Json),
+            _ => Err("write \"auto\", \"text\" or \"json\"".to_owned()),
+        }
+    }
+}
+
+impl FromToml for LogLevel {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        match value.as_str() {
+            Some("error") => Ok(Self::Error),
+            Some("warn") => Ok(Self::Warn),
+            Some("info") => Ok(Self::Info),
+            Some("debug") => Ok(Self::Debug),
+            _ => Err("write \"error\", \"warn\", \"info\" or \"debug\"".to_owned()),
+        }
+    }
+}
+
+impl FromToml for UpstreamUrl {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        Self::parse(&String::from_toml(value)?)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,162 @@
+use super::*;
+
+fn parse(source: &str) -> Result<Config, Complaints> {
+    Config::parse(source, &|name| (name == "KEY").then(|| "sk-test".to_owned()))
+}
+
+#[track_caller]
+fn complaints(source: &str) -> Vec<String> {
+    parse(source).expect_err("this configuration is wrong").0.iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn an_empty_file_is_a_whole_configuration() {
+    let config = parse("").expect("nothing is required");
+    assert_eq!(config.upstream.base_url.to_string(), "https://api.holysheep.ai/v1");
+    assert_eq!(config.retry.max_retries, 3);
+    assert_eq!(config.limits.concurrency, Concurrency::Adaptive);
+}
+
+#[test]
+fn the_shipped_config_toml_is_the_default() {
+    assert_eq!(parse(include_str!("../../config.toml")).expect("the shipped file is good"), Config::default());
+}
+
+#[test]
+fn the_shipped_config_toml_shows_every_option() {
+    let shipped = include_str!("../../config.toml");
+    for path in Config::option_paths() {
+        let key = path.rsplit('.').next().expect("a path has a last part");
+        let shown = shipped.lines().any(|line| {
+            let line = line.trim_start_matches(['#', ' ']);
+            line.strip_prefix(key).is_some_and(|rest| rest.trim_start().starts_with('='))
+        });
+        assert!(shown, "config.toml does not show {path}");
+    }
+}
+
+#[test]
+fn every_commented_example_in_the_shipped_config_toml_can_be_switched_on() {
+    let switched_on: String = include_str!("../../config.toml")
+        .lines()
+        .map(|line| match line.strip_prefix("# ") {
+            Some(example) if example.starts_with('[') || example.split(' ').nth(1) == Some("=") => example,
+            _ => line,
+        })
+        .flat_map(|line| [line, "\n"])
+        .collect();
+    let config = Config::parse(&switched_on, &|_| Some("sk-test".to_owned()))
+        .unwrap_or_else(|complaints| panic!("{complaints}"));
+    assert!(config.limits.requests.is_some() && config.upstream.api_key.is_some() && !config.models.is_empty());
+}
+
+#[test]
+fn what_check_prints_reads_back_as_the_same_configuration() {
+    let source = r#"
+        [server]
+        listen = ["127.0.0.1:1", "[::1]:2"]
+        header_timeout = "1.5s"
+        [upstream]
+        api_key = "env:KEY"
+        [limits]
+        requests = { rate = "600/min", burst = 7 }
+        concurrency = 12
+        [models."*"]
+        requests = "5/s"
+        [models."gpt-4.1-mini"]
+        concurrency = 3
+    "#;
+    let config = parse(source).expect("a good configuration");
+    assert_eq!(parse(&config.to_string()).expect("what check prints is good"), config);
+    assert!(!config.to_string().contains("sk-test") && !format!("{config:?}").contains("sk-test"));
+}
+
+#[test]
+fn ten_mistakes_are_ten_complaints_each_with_its_place() {
+    let found = complaints(
+        r#"[server]
+listen = "nowhere"
+max_body = 32
+header_timeout = "soon"
+[upstream]
+base_url = "api.holysheep.ai"
+api_key = "env:MISSING"
+[limits]
+requests = "0/min"
+concurrency = 0
+[queue]
+max_waiting = "many"
+[retry]
+budget = -1
+bugdet = 0.2
+"#,
+    );
+    let expected = [
+        ("line 2: server.listen:", "127.0.0.1:8080"),
+        ("line 3: server.max_body:", r#""32B""#),
+        ("line 4: server.header_timeout:", r#""30s""#),
+        ("line 6: upstream.base_url:", "https://"),
+        ("line 7: upstream.api_key:", "MISSING"),
+        ("line 9: limits.requests:", "600/min"),
+        ("line 10: limits.concurrency:", "at least 1"),
+        ("line 12: queue.max_waiting:", "whole number"),
+        ("line 14: retry.budget:", "0.2"),
+        ("line 15: retry.bugdet:", r#"did you mean "budget"?"#),
+    ];
+    assert_eq!(found.len(), expected.len(), "{found:#?}");
+    for (complaint, (place, mend)) in found.iter().zip(expected) {
+        assert!(complaint.starts_with(place) && complaint.contains(mend), "{complaint}");
+    }
+}
+
+#[test]
+fn a_key_without_effect_yet_is_said_to_be_one() {
+    for source in [
+        "[limits]\ntokens = \"200000/min\"",
+        "[limits]\nmode = \"observe\"",
+        "[clients.a]\nkey = \"x\"",
+        "[log]\naccess = \"stderr\"",
+        "[server]\ntls = { cert = \"a\", key = \"b\" }",
+        "[breaker]\ngive_up = \"30s\"",
+    ] {
+        let found = complaints(source);
+        assert!(found.len() == 1 && found[0].contains("no effect in this version"), "{found:?}");
+    }
+    assert!(complaints("[server]\nlisten = \"unix:/run/weir.sock\"")[0].contains("no effect in this version"));
+}
+
+#[test]
+fn a_syntax_error_has_its_line() {
+    let found = complaints("[server]\nlisten = \n[queue]\nmax_wait = \"1s\"\n");
+    assert!(found[0].starts_with("line 2: this is not TOML"), "{found:?}");
+}
+
+#[test]
+fn weir_refuses_to_lend_its_key_to_strangers() {
+    let open = "[server]\nlisten = \"0.0.0.0:8080\"\n[upstream]\napi_key = \"env:KEY\"\n";
+    assert!(complaints(open)[0].contains("allow_anonymous"));
+    assert!(parse(&open.replace("[upstream]", "allow_anonymous = true\n[upstream]")).is_ok());
+    assert!(parse(&open.replace("0.0.0.0", "127.0.0.1")).is_ok());
+    assert!(parse(&open.replace("api_key", "# api_key")).is_ok());
+}
+
+#[test]
+fn the_admin_listener_has_an_address_of_its_own() {
+    assert!(complaints("[server]\nadmin_listen = \"127.0.0.1:8080\"")[0].contains("server.admin_listen"));
+}
+
+#[test]
+fn no_text_makes_the_parser_panic() {
+    for source in [
+        "[",
+        "[[server]]",
+        "server = 1",
+        "models = []",
+        "[models]\na = 1",
+        "[server]\nlisten = []",
+        "\u{0}",
+        "a.b.c = 1",
+    ] {
+        assert!(parse(source).is_err(), "{source:?}");
+    }
+}

@@ -1,0 +1,116 @@
+//! The gateway's base URL, taken apart once.
+
+use std::fmt;
+
+use http::uri::{Authority, Scheme, Uri};
+
+/// An `http` or `https` URL without query: where a client's `/v1` leads to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UpstreamUrl {
+    scheme: Scheme,
+    authority: Authority,
+    /// The path before the client's own: `/v1`, without a slash at its end; empty for the root.
+    path: String,
+}
+
+impl Default for UpstreamUrl {
+    fn default() -> Self {
+        Self::parse("https://api.holysheep.ai/v1").expect("the default URL is one")
+    }
+}
+
+impl UpstreamUrl {
+    /// Takes a base URL apart.
+    ///
+    /// # Errors
+    /// Says what is wrong with it and shows one that would do.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let wrong = |what: &str| format!("{text:?} {what}; write a base URL, as in \"https://api.holysheep.ai/v1\"");
+        let uri: Uri = text.parse().map_err(|_| wrong("is not a URL"))?;
+        let parts = uri.into_parts();
+        let scheme = match parts.scheme {
+            Some(scheme) if scheme == Scheme::HTTP || scheme == Scheme::HTTPS => scheme,
+            _ => return Err(wrong("begins with neither http:// nor https://")),
+        };
+        let authority = parts.authority.ok_or_else(|| wrong("has no host"))?;
+        if authority.as_str().contains('@') {
+            return Err("has a user name or password in it; put the key into upstream.api_key".to_owned());
+        }
+        if authority.host().is_empty() || text.contains('#') {
+            return Err(wrong("has no host, or a fragment"));
+        }
+        let path = parts.path_and_query.as_ref().map_or("", |path| path.path());
+        if parts.path_and_query.as_ref().is_some_and(|path| path.query().is_some()) {
+            return Err(wrong("has a query"));
+        }
+        Ok(Self { scheme, path: path.trim_end_matches('/').to_owned(), authority })
+    }
+
+    /// Whether the gateway is reached over TLS.
+    pub fn is_tls(&self) -> bool {
+        self.scheme == Scheme::HTTPS
+    }
+
+    /// Host and, where written, port: the `Host` of every request to the gateway.
+    pub fn authority(&self) -> &Authority {
+        &self.authority
+    }
+
+    /// The host's name or address, without the brackets of an IPv6 address.
+    pub fn host(&self) -> &str {
+        self.authority.host().trim_start_matches('[').trim_end_matches(']')
+    }
+
+    /// The port, or the scheme's own.
+    pub fn port(&self) -> u16 {
+        self.authority.port_u16().unwrap_or(if self.is_tls() { 443 } else { 80 })
+    }
+
+    /// The path that the client's own is appended to; without a slash at its end.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// Scheme and authority, for the connector.
+    pub fn origin(&self) -> Uri {
+        let parts = Uri::builder().scheme(self.scheme.clone()).authority(self.authority.clone()).path_and_query("/");
+        parts.build().expect("the parts of a URL make a URL")
+    }
+}
+
+impl fmt::Display for UpstreamUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}://{}{}", self.scheme, self.authority, self.path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_base_url_is_taken_apart() {
+        let url = UpstreamUrl::parse("http://[::1]:9999/v1/").expect("a URL");
+        assert_eq!((url.host(), url.port(), url.path(), url.is_tls()), ("::1", 9999, "/v1", false));
+        assert_eq!(url.to_string(), "http://[::1]:9999/v1");
+        assert_eq!(UpstreamUrl::default().port(), 443);
+        assert_eq!(UpstreamUrl::parse("https://gateway.example").expect("a URL").path(), "");
+    }
+
+    #[test]
+    fn what_is_no_base_url_is_refused() {
+        for text in [
+            "",
+            "api.holysheep.ai/v1",
+            "ftp://a/v1",
+            "https:///v1",
+            "https://a/v1?x=1",
+            "https://u:p@a/v1",
+            "https://a/#b",
+        ] {
+            assert!(UpstreamUrl::parse(text).is_err(), "{text}");
+        }
+        let message = UpstreamUrl::parse("https://user:password@a/v1").expect_err("has a password");
+        assert!(!message.contains("password@"), "{message}");
+    }
+}
