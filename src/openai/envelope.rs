@@ -1,0 +1,109 @@
+//! The JSON of errors: how weir writes its own, and what it reads of the gateway's.
+
+use bytes::Bytes;
+use http::StatusCode;
+use serde_json::{Value, json};
+
+use super::call::Endpoint;
+
+/// Writes an error's body in the shape of the endpoint's API. `error` is always an object that has `message`.
+pub fn write(endpoint: Option<Endpoint>, status: StatusCode, kind: &str, code: &str, message: &str) -> Bytes {
+    let body = match endpoint {
+        Some(Endpoint::Messages) => {
+            json!({ "type": "error", "error": { "type": anthropic_type(status), "message": message, "code": code } })
+        }
+        _ => json!({ "error": { "message": message, "type": kind, "param": null, "code": code } }),
+    };
+    Bytes::from(body.to_string())
+}
+
+/// Anthropic names its errors after the status (Messages API reference, "Errors").
+fn anthropic_type(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        401 => "authentication_error",
+        404 => "not_found_error",
+        413 => "request_too_large",
+        429 => "rate_limit_error",
+        503 => "overloaded_error",
+        504 => "timeout_error",
+        400..500 => "invalid_request_error",
+        _ => "api_error",
+    }
+}
+
+/// Whether a 429's body says that money, not pace, is what lacks: waiting would not help.
+pub fn is_about_billing(body: &[u8]) -> bool {
+    error_words(body).iter().any(|word| {
+        word == "insufficient_quota"
+            || word.starts_with("billing_")
+            || word.starts_with("credit_")
+            || word.ends_with("_spend_limit_reached")
+            || word.contains("_spend_limit_")
+    })
+}
+
+/// Whether a 429's body says that this one request is larger than the quota: it would be refused for ever.
+pub fn is_too_large_for_the_quota(body: &[u8]) -> bool {
+    let Ok(value) = serde_json::from_slice::<Value>(body) else { return false };
+    let message = value.pointer("/error/message").and_then(Value::as_str).unwrap_or_default();
+    message.starts_with("Request too large")
+}
+
+/// Whether an event of a stream reports an error instead of output.
+pub fn is_error_event(name: Option<&[u8]>, data: &[u8]) -> bool {
+    if name == Some(b"error") {
+        return true;
+    }
+    if !data.starts_with(b"{") || memchr::memmem::find(data, b"\"error\"").is_none() {
+        return false;
+    }
+    match serde_json::from_slice::<Value>(data) {
+        Ok(value) => {
+            value.get("type").is_some_and(|kind| kind == "error")
+                || value.get("error").is_some_and(|error| !error.is_null())
+        }
+        Err(_) => false,
+    }
+}
+
+/// `error.type` and `error.code`, where the body has them.
+fn error_words(body: &[u8]) -> Vec<String> {
+    let Ok(value) = serde_json::from_slice::<Value>(body) else { return Vec::new() };
+    let words = ["/error/type", "/error/code"].into_iter().filter_map(|path| value.pointer(path)?.as_str());
+    words.map(str::to_owned).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_shape_has_an_error_object_with_a_message() {
+        for endpoint in [None, Some(Endpoint::ChatCompletions), Some(Endpoint::Responses), Some(Endpoint::Messages)] {
+            let body =
+                write(endpoint, StatusCode::TOO_MANY_REQUESTS, "requests", "rate_limit_exceeded", "slow \"down\"");
+            let value: Value = serde_json::from_slice(&body).expect("JSON");
+            assert_eq!(value["error"]["message"], "slow \"down\"");
+        }
+    }
+
+    #[test]
+    fn a_lack_of_money_is_told_from_a_lack_of_pace() {
+        assert!(is_about_billing(
+            br#"{"error":{"message":"x","type":"insufficient_quota","code":"insufficient_quota"}}"#
+        ));
+        assert!(is_about_billing(br#"{"error":{"code":"billing_hard_limit_reached"}}"#));
+        assert!(is_about_billing(br#"{"error":{"code":"project_spend_limit_exceeded"}}"#));
+        assert!(!is_about_billing(br#"{"error":{"message":"insufficient_quota","code":"rate_limit_exceeded"}}"#));
+        assert!(!is_about_billing(b"<html>"));
+    }
+
+    #[test]
+    fn an_error_event_is_told_from_output() {
+        assert!(is_error_event(None, br#"{"error":{"message":"overloaded"}}"#));
+        assert!(is_error_event(Some(b"error"), b"whatever"));
+        assert!(is_error_event(None, br#"{"type":"error","error":{"type":"overloaded_error"}}"#));
+        assert!(!is_error_event(None, br#"{"choices":[{"delta":{"content":"\"error\""}}],"error":null}"#));
+        assert!(!is_error_event(None, b"[DONE]"));
+    }
+}

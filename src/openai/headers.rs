@@ -1,0 +1,160 @@
+//! The headers with which gateways and SDKs tell each other how long to wait.
+
+use std::time::{Duration, SystemTime};
+
+use http::{HeaderMap, HeaderName};
+
+pub const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
+pub const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub const RESPONSE_TIME: HeaderName = HeaderName::from_static("x-response-time");
+pub const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
+pub const WEIR_ATTEMPTS: HeaderName = HeaderName::from_static("x-weir-attempts");
+pub const WEIR_REFUSED_BY: HeaderName = HeaderName::from_static("x-weir-refused-by");
+
+/// No hint is believed beyond a day.
+const LONGEST_HINT: Duration = Duration::from_secs(86_400);
+
+/// How long the gateway asks to wait: `retry-after-ms`, else `retry-after` (seconds or an HTTP date), else the reset of
+/// the `x-ratelimit` quota that has nothing left. At most a day; what can't be read is no hint.
+pub fn retry_hint(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    millis(headers)
+        .or_else(|| retry_after(headers, now))
+        .or_else(|| exhausted_reset(headers))
+        .map(|hint| hint.min(LONGEST_HINT))
+}
+
+/// The gateway's `x-should-retry`, which overrides what the status says.
+pub fn should_retry(headers: &HeaderMap) -> Option<bool> {
+    match text(headers, "x-should-retry")? {
+        "true" => Some(true),
+        "false" => Some(false),
+        _ => None,
+    }
+}
+
+/// How many retries of its own an SDK has already spent on this request.
+pub fn client_retries(headers: &HeaderMap) -> u32 {
+    text(headers, "x-stainless-retry-count").and_then(|count| count.parse().ok()).unwrap_or(0)
+}
+
+/// How long the SDK that sent this will wait for an answer, where it says so (in seconds).
+pub fn client_patience(headers: &HeaderMap) -> Option<Duration> {
+    let told = ["x-stainless-read-timeout", "x-stainless-timeout"]
+        .into_iter()
+        .filter_map(|name| seconds(text(headers, name)?));
+    told.filter(|patience| !patience.is_zero()).min()
+}
+
+fn millis(headers: &HeaderMap) -> Option<Duration> {
+    seconds(text(headers, "retry-after-ms")?).map(|thousandfold| thousandfold / 1000)
+}
+
+fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let value = text(headers, "retry-after")?;
+    seconds(value).or_else(|| {
+        let date = httpdate::parse_http_date(value).ok()?;
+        Some(date.duration_since(now).unwrap_or(Duration::ZERO))
+    })
+}
+
+fn exhausted_reset(headers: &HeaderMap) -> Option<Duration> {
+    let exhausted = [
+        ("x-ratelimit-remaining-requests", "x-ratelimit-reset-requests"),
+        ("x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"),
+    ];
+    let resets = exhausted.into_iter().filter(|(remaining, _)| text(headers, remaining) == Some("0"));
+    resets.filter_map(|(_, reset)| go_duration(text(headers, reset)?)).max()
+}
+
+/// Reads a duration as Go prints it: `1s`, `6m0s`, `20ms`, `1h2m3.5s`.
+pub fn go_duration(text: &str) -> Option<Duration> {
+    let mut rest = text;
+    let mut total = 0.0;
+    while !rest.is_empty() {
+        let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let number: f64 = rest[..end].parse().ok()?;
+        rest = &rest[end..];
+        let unit_end = rest.find(|c: char| c.is_ascii_digit()).unwrap_or(rest.len());
+        total += number
+            * match &rest[..unit_end] {
+                "h" => 3600.0,
+                "m" => 60.0,
+                "s" => 1.0,
+                "ms" => 0.001,
+                "us" | "µs" => 0.000_001,
+                "ns" => 0.000_000_001,
+                _ => return None,
+            };
+        rest = &rest[unit_end..];
+    }
+    if text.is_empty() { None } else { Duration::try_from_secs_f64(total).ok() }
+}
+
+/// A non-negative number of seconds, whole or not.
+fn seconds(text: &str) -> Option<Duration> {
+    let plain = text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+    let number: f64 = text.parse().ok().filter(|_| plain)?;
+    // What overflows is longer than any patience.
+    Some(Duration::try_from_secs_f64(number).unwrap_or(Duration::MAX))
+}
+
+fn text<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
+    headers.get(name)?.to_str().ok().map(str::trim)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn hint(lines: &[(&'static str, &'static str)]) -> Option<Duration> {
+        let headers = lines
+            .iter()
+            .map(|(name, value)| (HeaderName::from_static(name), value.parse().expect("a value")))
+            .collect();
+        retry_hint(&headers, SystemTime::UNIX_EPOCH + Duration::from_secs(784_111_777))
+    }
+
+    #[test]
+    fn the_most_exact_hint_wins() {
+        assert_eq!(hint(&[("retry-after", "2"), ("retry-after-ms", "20")]), Some(Duration::from_millis(20)));
+        assert_eq!(hint(&[("retry-after", "1.5")]), Some(Duration::from_millis(1500)));
+        assert_eq!(hint(&[("retry-after", "Sun, 06 Nov 1994 08:49:40 GMT")]), Some(Duration::from_secs(3)));
+        assert_eq!(hint(&[("retry-after", "Sun, 06 Nov 1994 08:49:30 GMT")]), Some(Duration::ZERO));
+        assert_eq!(
+            hint(&[
+                ("x-ratelimit-remaining-requests", "0"),
+                ("x-ratelimit-reset-requests", "6m0s"),
+                ("x-ratelimit-remaining-tokens", "9"),
+                ("x-ratelimit-reset-tokens", "1h0m0s")
+            ]),
+            Some(Duration::from_secs(360))
+        );
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_no_hint() {
+        for value in ["", "soon", "-5", "NaN", "inf", "1e9", "Sun, 99 Nov 1994"] {
+            assert_eq!(hint(&[("retry-after", value)]), None, "{value}");
+        }
+        assert_eq!(hint(&[("retry-after", "99999999999999999999999999")]), Some(LONGEST_HINT));
+    }
+
+    #[test]
+    fn go_durations_are_read() {
+        assert_eq!(go_duration("1h2m3.5s"), Some(Duration::from_millis(3_723_500)));
+        assert_eq!(go_duration("20ms"), Some(Duration::from_millis(20)));
+        for text in ["", "5", "s", "1x", "1s2", "..s"] {
+            assert_eq!(go_duration(text), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn an_sdk_tells_its_patience_and_its_retries() {
+        let mut headers = HeaderMap::new();
+        assert_eq!((client_patience(&headers), client_retries(&headers)), (None, 0));
+        headers.insert("x-stainless-read-timeout", "600".parse().expect("a value"));
+        headers.insert("x-stainless-retry-count", "2".parse().expect("a value"));
+        assert_eq!((client_patience(&headers), client_retries(&headers)), (Some(Duration::from_secs(600)), 2));
+    }
+}

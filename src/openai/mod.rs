@@ -1,0 +1,10 @@
+//! OpenAI's wire format: the only place that knows it.
+//!
+//! weir reads as little of it as it can (a few fields of a request, the usage and the errors of an answer) and changes
+//! none of it.
+
+pub mod call;
+pub mod envelope;
+pub mod headers;
+pub mod sse;
+pub mod usage;

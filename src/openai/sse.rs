@@ -1,0 +1,178 @@
+//! Server-sent events, read in passing: where one event ends, and what it carries.
+//!
+//! Events may be cut anywhere by the chunks they come in, and their lines may end in LF, CR LF or CR (WHATWG HTML, "Server-sent
+//! events"). The scanner copies only what it must: an event that lies whole within a chunk is looked at in place.
+
+use memchr::{memchr, memchr2};
+
+/// Of an event longer than this only the end is kept: that is where the usage stands.
+const KEPT: usize = 8 << 10;
+
+/// Reads a stream's bytes as they pass.
+#[derive(Debug, Default)]
+pub struct Scanner {
+    /// The event that has begun and not ended.
+    partial: Vec<u8>,
+    /// The beginning of `partial` was dropped.
+    truncated: bool,
+}
+
+/// One event with a name or data; comments and bare keep-alives are none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Event<'e> {
+    /// `event:`, where given.
+    pub name: Option<&'e [u8]>,
+    /// The first `data:` line (the APIs that pass here use one), or the end of a very long event.
+    pub data: &'e [u8],
+}
+
+impl Scanner {
+    /// Looks at the next bytes; `seen` is told of every event that ends in them.
+    pub fn feed(&mut self, chunk: &[u8], mut seen: impl FnMut(Event<'_>)) {
+        let mut rest = chunk;
+        if !self.partial.is_empty() {
+            rest = self.complete(chunk, &mut seen);
+        }
+        while let Some(end) = event_end(rest, 0) {
+            parse(&rest[..end], &mut seen);
+            rest = &rest[end..];
+        }
+        self.keep(rest);
+    }
+
+    /// Whether all bytes so far are whole events: the only place where a stream can be ended without cutting one.
+    pub fn at_boundary(&self) -> bool {
+        self.partial.iter().all(|byte| matches!(byte, b'\r' | b'\n'))
+    }
+
+    /// Ends the event under way with the chunk's first bytes, if they do, and returns what is left of the chunk.
+    fn complete<'c>(&mut self, chunk: &'c [u8], seen: &mut impl FnMut(Event<'_>)) -> &'c [u8] {
+        let before = self.partial.len();
+        // An end may begin up to three bytes before the chunk: CR LF CR | LF.
+        let mut overlap = [0; 6];
+        let tail = &self.partial[before.saturating_sub(3)..];
+        let head = &chunk[..chunk.len().min(3)];
+        overlap[..tail.len()].copy_from_slice(tail);
+        overlap[tail.len()..tail.len() + head.len()].copy_from_slice(head);
+        let across = event_end(&overlap[..tail.len() + head.len()], 0).and_then(|end| end.checked_sub(tail.len()));
+        let Some(end) = across.or_else(|| event_end(chunk, 0)) else {
+            self.keep(chunk);
+            return &[];
+        };
+        self.partial.extend_from_slice(&chunk[..end]);
+        if self.truncated {
+            seen(Event { name: None, data: &self.partial })
+        } else {
+            parse(&self.partial, seen)
+        }
+        self.partial.clear();
+        self.truncated = false;
+        &chunk[end..]
+    }
+
+    fn keep(&mut self, bytes: &[u8]) {
+        self.partial.extend_from_slice(bytes);
+        if self.partial.len() > 2 * KEPT {
+            self.partial.drain(..self.partial.len() - KEPT);
+            self.truncated = true;
+        }
+    }
+}
+
+/// The place just behind the blank line that ends the first event, looking from `from`.
+pub fn event_end(bytes: &[u8], from: usize) -> Option<usize> {
+    let mut at = from;
+    loop {
+        at += memchr2(b'\n', b'\r', &bytes[at..])?;
+        let line_end = line_break(bytes, at)?;
+        if let Some(blank_end) = line_break(bytes, line_end) {
+            return Some(blank_end);
+        }
+        at = line_end;
+    }
+}
+
+/// The place behind the line break at `at`; `None` where there is none.
+fn line_break(bytes: &[u8], at: usize) -> Option<usize> {
+    match (bytes.get(at)?, bytes.get(at + 1)) {
+        (b'\r', Some(b'\n')) => Some(at + 2),
+        (b'\n' | b'\r', _) => Some(at + 1),
+        _ => None,
+    }
+}
+
+fn parse(event: &[u8], seen: &mut impl FnMut(Event<'_>)) {
+    let (mut name, mut data) = (None, None);
+    for line in event.split(|byte| matches!(byte, b'\n' | b'\r')) {
+        let Some(colon) = memchr(b':', line) else { continue };
+        let value = line[colon + 1..].strip_prefix(b" ").unwrap_or(&line[colon + 1..]);
+        match &line[..colon] {
+            b"event" => name = Some(value),
+            b"data" => data = data.or(Some(value)),
+            _ => {}
+        }
+    }
+    if name.is_some() || data.is_some() {
+        seen(Event { name, data: data.unwrap_or_default() });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scan(chunks: &[&[u8]]) -> (Vec<(Option<String>, String)>, bool) {
+        let mut scanner = Scanner::default();
+        let mut events = Vec::new();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        for chunk in chunks {
+            scanner.feed(chunk, |event| events.push((event.name.map(text), text(event.data))));
+        }
+        (events, scanner.at_boundary())
+    }
+
+    #[test]
+    fn events_are_the_same_however_the_chunks_cut_them() {
+        let whole = b": ping\n\nevent: a\ndata: {\"x\":1}\n\ndata: two\r\n\r\nid: 7\ndata:three\r\rdata: [DONE]\n\n";
+        let (expected, boundary) = scan(&[whole]);
+        assert_eq!(expected.len(), 4);
+        assert_eq!(expected[0], (Some("a".into()), "{\"x\":1}".into()));
+        assert!(boundary);
+        for a in 0..whole.len() {
+            for b in a..whole.len() {
+                assert_eq!(
+                    scan(&[&whole[..a], &whole[a..b], &whole[b..]]),
+                    (expected.clone(), true),
+                    "cut at {a} and {b}"
+                );
+            }
+        }
+        let bytes: Vec<&[u8]> = whole.chunks(1).collect();
+        assert_eq!(scan(&bytes).0, expected);
+    }
+
+    #[test]
+    fn the_inside_of_an_event_is_no_boundary() {
+        assert!(!scan(&[b"data: half"]).1);
+        assert!(!scan(&[b"data: half\n"]).1);
+        assert!(scan(&[b"data: whole\n\n"]).1);
+        assert!(scan(&[b"data: whole\r\n\r", b"\n"]).1);
+        assert!(scan(&[]).1);
+    }
+
+    #[test]
+    fn of_an_endless_event_only_the_end_is_kept() {
+        let mut scanner = Scanner::default();
+        scanner.feed(b"data: ", |_| panic!("no event yet"));
+        for _ in 0..1000 {
+            scanner.feed(&[b'x'; 1000], |_| panic!("no event yet"));
+            assert!(scanner.partial.len() <= 2 * KEPT);
+        }
+        let mut seen = 0;
+        scanner.feed(b"\"usage\":{}}\n\ndata: next\n\n", |event| {
+            seen += 1;
+            assert!(event.data.ends_with(b"\"usage\":{}}\n\n") || event.data == b"next");
+        });
+        assert_eq!(seen, 2);
+    }
+}
