@@ -2,6 +2,7 @@
 //!
 //! The modules, in reading order; each imports only what stands above it.
 
+pub mod admission;
 pub mod config;
 pub mod error;
 pub mod models;

@@ -364,6 +364,7 @@ fn some_time(duration: &Duration) -> Result<(), String> {
     if duration.is_zero() { Err("0 leaves no time for anything; write at least \"1ms\"".to_owned()) } else { Ok(()) }
 }
 
+#[expect(clippy::ptr_arg, reason = "it is called with the type that was read")]
 fn at_least_one(addresses: &Vec<Listen>) -> Result<(), String> {
     if addresses.is_empty() { Err("is empty; write an address, as in \"127.0.0.1:8080\"".to_owned()) } else { Ok(()) }
 }

@@ -44,10 +44,10 @@ pub fn find(json: &[u8]) -> Option<Usage> {
     let key = b"\"usage\"";
     let mut end = json.len();
     while let Some(at) = memmem::rfind(&json[..end], key) {
-        if at == 0 || json[at - 1] != b'\\' {
-            if let Some(usage) = read(&json[at + key.len()..]) {
-                return Some(usage);
-            }
+        if (at == 0 || json[at - 1] != b'\\')
+            && let Some(usage) = read(&json[at + key.len()..])
+        {
+            return Some(usage);
         }
         end = at;
     }
