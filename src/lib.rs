@@ -5,5 +5,6 @@
 pub mod admission;
 pub mod config;
 pub mod error;
+pub mod metrics;
 pub mod models;
 pub mod openai;
