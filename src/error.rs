@@ -34,6 +34,8 @@ pub enum Cause {
     FirstEventTimeout,
     /// `timeouts.response`.
     ResponseTimeout,
+    /// `timeouts.idle`. It can only end an answer that has begun, so its client sees it as a stream's last event.
+    IdleTimeout,
     /// `timeouts.deadline`.
     DeadlineExceeded,
     /// The request line, Host or framing is wrong.
@@ -75,7 +77,7 @@ struct Row {
 
 impl Cause {
     /// Every cause, in the order of the table.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Requests,
         Self::Concurrency,
         Self::QueueFull,
@@ -86,6 +88,7 @@ impl Cause {
         Self::ConnectTimeout,
         Self::FirstEventTimeout,
         Self::ResponseTimeout,
+        Self::IdleTimeout,
         Self::DeadlineExceeded,
         Self::BadRequest,
         Self::DuplicateKey,
@@ -110,6 +113,7 @@ impl Cause {
             Self::ConnectTimeout => (504, "timeout", "connect_timeout", None, Hint::DoNotRetry),
             Self::FirstEventTimeout => (504, "timeout", "first_event_timeout", None, Hint::DoNotRetry),
             Self::ResponseTimeout => (504, "timeout", "response_timeout", None, Hint::DoNotRetry),
+            Self::IdleTimeout => (504, "timeout", "idle_timeout", None, Hint::DoNotRetry),
             Self::DeadlineExceeded => (504, "timeout", "deadline_exceeded", None, Hint::DoNotRetry),
             Self::BadRequest => (400, INVALID, "bad_request", None, Hint::None),
             Self::DuplicateKey => (400, INVALID, "duplicate_key", None, Hint::None),

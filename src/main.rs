@@ -1,1 +1,187 @@
-fn main() {}
+//! The command line: arguments, configuration, logging, and running until a signal.
+
+use std::io::IsTerminal as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use tokio::signal::unix::{SignalKind, signal};
+use weir::config::{Config, Log, LogFormat, LogLevel};
+use weir::run::Running;
+use weir::{demo, simulator};
+
+const HELP: &str = "\
+weir: a rate-limiting reverse proxy in front of an AI gateway
+
+USAGE
+  weir [serve] [--config FILE]   serve; without a file, with the built-in defaults
+  weir check [--config FILE]     say what is wrong with a configuration, or print it in full, secrets masked
+  weir demo [--exit]             a simulated gateway, weir, and a batch through it: no key, no network
+  weir simulate [OPTIONS]        the simulated gateway alone; see weir simulate --help
+  weir --help | --version
+
+Clients set their base URL to http://HOST:PORT/v1 (by default http://127.0.0.1:8080/v1), and change nothing else.
+
+EXIT STATUS  0 ended as asked, 1 failed, 2 wrong arguments, 78 wrong configuration
+";
+
+/// What the command line asks for.
+enum Command {
+    Serve(Option<PathBuf>),
+    Check(Option<PathBuf>),
+    Demo { exit: bool },
+    Simulate(lexopt::Parser),
+    Print(String),
+}
+
+/// Wrong arguments (`EX_USAGE` has no agreed number on Linux; 2 is what shells use).
+const USAGE: u8 = 2;
+
+/// `EX_CONFIG` of sysexits.h.
+const BAD_CONFIG: u8 = 78;
+
+fn main() -> ExitCode {
+    let command = match parse(lexopt::Parser::from_env()) {
+        Ok(command) => command,
+        Err(error) => {
+            eprintln!("weir: {error}; weir --help lists what there is");
+            return ExitCode::from(USAGE);
+        }
+    };
+    match command {
+        Command::Print(text) => {
+            print!("{text}");
+            ExitCode::SUCCESS
+        }
+        Command::Check(file) => check(file),
+        Command::Serve(file) => match load(file.as_ref()) {
+            Ok(config) => finish(run(serve(config, file))),
+            Err(exit) => exit,
+        },
+        Command::Demo { exit } => finish(run(demo::run(exit))),
+        Command::Simulate(arguments) => finish(run(simulator::args::run(arguments))),
+    }
+}
+
+fn parse(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
+    use lexopt::prelude::{Long, Short, Value};
+    let mut word: Option<String> = None;
+    let (mut file, mut exit) = (None, false);
+    while let Some(argument) = parser.next()? {
+        match argument {
+            Short('h') | Long("help") => return Ok(Command::Print(HELP.to_owned())),
+            Short('V') | Long("version") => return Ok(Command::Print(format!("weir {}\n", env!("CARGO_PKG_VERSION")))),
+            Value(value) if word.is_none() => match value.to_str() {
+                Some("simulate") => return Ok(Command::Simulate(parser)),
+                Some(known @ ("serve" | "check" | "demo")) => word = Some(known.to_owned()),
+                _ => return Err(format!("there is no command {}", value.to_string_lossy()).into()),
+            },
+            Short('c') | Long("config") if word.as_deref() != Some("demo") => file = Some(parser.value()?.into()),
+            Long("exit") if word.as_deref() == Some("demo") => exit = true,
+            other => return Err(other.unexpected()),
+        }
+    }
+    Ok(match word.as_deref() {
+        Some("check") => Command::Check(file),
+        Some("demo") => Command::Demo { exit },
+        _ => Command::Serve(file),
+    })
+}
+
+fn load(file: Option<&PathBuf>) -> Result<Config, ExitCode> {
+    let Some(path) = file else { return Ok(Config::default()) };
+    Config::load(path).map_err(|complaints| {
+        eprintln!("weir: {} cannot be used:", path.display());
+        for complaint in &complaints.0 {
+            eprintln!("  {complaint}");
+        }
+        ExitCode::from(BAD_CONFIG)
+    })
+}
+
+fn check(file: Option<PathBuf>) -> ExitCode {
+    match load(file.as_ref()) {
+        Ok(config) => {
+            print!("{config}");
+            ExitCode::SUCCESS
+        }
+        Err(exit) => exit,
+    }
+}
+
+/// Runs on this thread; the workers have threads of their own.
+fn run(work: impl Future<Output = Result<(), String>>) -> Result<(), String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime.map_err(|error| format!("cannot start the runtime: {error}"))?.block_on(work)
+}
+
+fn finish(result: Result<(), String>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("weir: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Serves until a signal, then drains; a second signal ends it at once.
+async fn serve(config: Config, file: Option<PathBuf>) -> Result<(), String> {
+    start_log(config.log);
+    if file.is_none() {
+        tracing::info!("no --config given: the built-in defaults are in force; weir check prints them");
+    }
+    if config.limits.replicas > 1 {
+        tracing::info!(
+            replicas = config.limits.replicas,
+            "this weir takes one share of every limit in its configuration"
+        );
+    }
+    let upstream = config.upstream.base_url.to_string();
+    let mut signals = Signals::new()?;
+    let running = Running::start(config)?;
+    for address in &running.addresses {
+        tracing::info!(address = %address, admin = %running.admin_address, upstream, "listening");
+    }
+    signals.next().await;
+    tokio::select! {
+        () = running.stop() => {}
+        () = signals.next() => tracing::warn!("a second signal: ending at once"),
+    }
+    Ok(())
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, String> {
+        let watch = |kind| signal(kind).map_err(|error| format!("cannot watch for signals: {error}"));
+        Ok(Self { terminate: watch(SignalKind::terminate())?, interrupt: watch(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+fn start_log(settings: Log) {
+    let level = match settings.level {
+        LogLevel::Error => tracing::Level::ERROR,
+        LogLevel::Warn => tracing::Level::WARN,
+        LogLevel::Info => tracing::Level::INFO,
+        LogLevel::Debug => tracing::Level::DEBUG,
+    };
+    let terminal = std::io::stderr().is_terminal();
+    let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(level).with_target(false);
+    match settings.format {
+        LogFormat::Json => log.json().flatten_event(true).init(),
+        LogFormat::Auto if !terminal => log.json().flatten_event(true).init(),
+        LogFormat::Auto | LogFormat::Text => log.with_ansi(terminal).init(),
+    }
+}

@@ -23,6 +23,7 @@ use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
 use crate::config::{Concurrency, Config, ModelLimits, Rate};
+use crate::metrics::{LimitGauge, ModelGauges};
 use crate::models::{ModelId, Models};
 
 use bucket::Bucket;
@@ -32,7 +33,7 @@ use slots::Slots;
 
 pub use bytes::{ByteBudget, HeldBytes};
 pub use limit::Scope;
-pub use queue::{Lane, LaneView, Rank};
+pub use queue::{Lane, Rank};
 pub use refusal::Refusal;
 
 /// Where an adaptive lane starts.
@@ -69,15 +70,6 @@ pub struct Gate {
 pub struct Permit {
     gate: Arc<Gate>,
     grant: Option<Grant>,
-}
-
-/// A limit of the configuration, for the metrics.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LimitView {
-    pub scope: Scope,
-    /// `requests` or `concurrency`.
-    pub unit: &'static str,
-    pub remaining: u32,
 }
 
 impl Gate {
@@ -152,13 +144,22 @@ impl Gate {
         drop(self.change(Queue::close));
     }
 
-    /// Every lane in use.
-    pub fn lanes(&self) -> Vec<LaneView> {
-        self.lock().lanes()
+    /// How many requests of each model are under way and waiting, its lanes added up.
+    pub fn model_gauges(&self) -> Vec<ModelGauges> {
+        let mut of_model: BTreeMap<ModelId, ModelGauges> = BTreeMap::new();
+        for lane in self.lock().lanes() {
+            let gauges = of_model.entry(lane.model).or_default();
+            gauges.in_flight += u64::from(lane.in_flight);
+            gauges.waiting += lane.waiting;
+            gauges.concurrency_limit = gauges.concurrency_limit.max(lane.slots);
+        }
+        let named =
+            of_model.into_iter().map(|(model, gauges)| ModelGauges { model: self.models.name(model), ..gauges });
+        named.collect()
     }
 
     /// The limits of the configuration and what is left of them.
-    pub fn limits(&self) -> Vec<LimitView> {
+    pub fn limit_gauges(&self) -> Vec<LimitGauge> {
         let now = Instant::now();
         let queue = self.lock();
         let views = queue.limits().map(|limit| {
@@ -166,7 +167,11 @@ impl Gate {
                 Measure::Requests(bucket) => ("requests", bucket.remaining(now)),
                 Measure::Concurrency(slots) => ("concurrency", slots.limit().saturating_sub(slots.in_use())),
             };
-            LimitView { scope: limit.scope.clone(), unit, remaining }
+            let (scope, name) = match &limit.scope {
+                Scope::Global => ("global", String::new()),
+                Scope::Model(name) => ("model", name.to_string()),
+            };
+            LimitGauge { scope, name, unit, remaining }
         });
         views.collect()
     }

@@ -17,6 +17,21 @@ pub fn write(endpoint: Option<Endpoint>, status: StatusCode, kind: &str, code: &
     Bytes::from(body.to_string())
 }
 
+/// The last event of a stream that broke off, in the shape of the endpoint's API.
+pub fn event(endpoint: Option<Endpoint>, code: &str, message: &str) -> Bytes {
+    let (name, data) = match endpoint {
+        Some(Endpoint::Messages) => (
+            "event: error\n",
+            json!({ "type": "error", "error": { "type": "api_error", "message": message, "code": code } }),
+        ),
+        Some(Endpoint::Responses) => {
+            ("event: error\n", json!({ "type": "error", "code": code, "message": message, "param": null }))
+        }
+        _ => ("", json!({ "error": { "message": message, "type": "upstream_error", "param": null, "code": code } })),
+    };
+    Bytes::from(format!("{name}data: {data}\n\n"))
+}
+
 /// Anthropic names its errors after the status (Messages API reference, "Errors").
 fn anthropic_type(status: StatusCode) -> &'static str {
     match status.as_u16() {
@@ -31,8 +46,13 @@ fn anthropic_type(status: StatusCode) -> &'static str {
     }
 }
 
-/// Whether a 429's body says that money, not pace, is what lacks: waiting would not help.
-pub fn is_about_billing(body: &[u8]) -> bool {
+/// Whether an error's body says that the same request would be refused again, whatever the status.
+pub fn is_hopeless(body: &[u8]) -> bool {
+    is_about_billing(body) || is_too_large_for_the_quota(body)
+}
+
+/// Whether money, not pace, is what lacks: waiting would not help.
+fn is_about_billing(body: &[u8]) -> bool {
     error_words(body).iter().any(|word| {
         word == "insufficient_quota"
             || word.starts_with("billing_")
@@ -42,8 +62,8 @@ pub fn is_about_billing(body: &[u8]) -> bool {
     })
 }
 
-/// Whether a 429's body says that this one request is larger than the quota: it would be refused for ever.
-pub fn is_too_large_for_the_quota(body: &[u8]) -> bool {
+/// Whether this one request is larger than the whole quota (OpenAI's words): it would be refused for ever.
+fn is_too_large_for_the_quota(body: &[u8]) -> bool {
     let Ok(value) = serde_json::from_slice::<Value>(body) else { return false };
     let message = value.pointer("/error/message").and_then(Value::as_str).unwrap_or_default();
     message.starts_with("Request too large")

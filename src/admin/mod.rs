@@ -1,0 +1,105 @@
+//! The operators' listener: `/metrics`, `/livez`, `/readyz`.
+//!
+//! It runs on the main thread's runtime, apart from the workers, so that it answers however busy they are.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+
+use crate::proxy::Proxy;
+
+/// Scrapers and probes at once; a further one waits.
+const MAX_CONNECTIONS: usize = 64;
+
+/// From a connection's last answer, or its start, to the next request's head.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What the operators' listener tells of.
+pub struct Admin {
+    proxy: Proxy,
+    /// Whether `/readyz` says yes.
+    ready: AtomicBool,
+}
+
+impl Admin {
+    /// Tells of this proxy, which is ready.
+    pub fn new(proxy: Proxy) -> Arc<Self> {
+        Arc::new(Self { proxy, ready: AtomicBool::new(true) })
+    }
+
+    /// From now on `/readyz` says no: weir is about to stop.
+    pub fn not_ready(&self) {
+        self.ready.store(false, Ordering::Release);
+    }
+
+    /// Answers on this listener until dropped.
+    pub async fn serve(self: Arc<Self>, listener: TcpListener) {
+        let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        loop {
+            let permit = connections.clone().acquire_owned().await.expect("the semaphore is never closed");
+            let Ok((stream, _)) = listener.accept().await else {
+                // Out of file descriptors, most likely; the server's own log line says so.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            };
+            let admin = self.clone();
+            tokio::spawn(async move {
+                admin.serve_connection(stream).await;
+                drop(permit);
+            });
+        }
+    }
+
+    async fn serve_connection(self: Arc<Self>, stream: TcpStream) {
+        let service = service_fn(|request: Request<Incoming>| {
+            let response = self.answer(request.method(), request.uri().path());
+            async move { Ok::<_, Infallible>(response) }
+        });
+        let mut http = http1::Builder::new();
+        http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+        if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
+            tracing::debug!(%error, "an operator's connection ended early");
+        }
+    }
+
+    fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>> {
+        if !matches!(*method, Method::GET | Method::HEAD) {
+            return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered here\n");
+        }
+        match path {
+            "/metrics" => self.metrics(),
+            "/livez" => text(StatusCode::OK, "alive\n"),
+            "/readyz" if self.ready.load(Ordering::Acquire) => text(StatusCode::OK, "ready\n"),
+            "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
+            _ => text(
+                StatusCode::NOT_FOUND,
+                "there is /metrics, /livez and /readyz here; clients use the other listener\n",
+            ),
+        }
+    }
+
+    fn metrics(&self) -> Response<Full<Bytes>> {
+        let mut response = text(StatusCode::OK, self.proxy.metrics().encode(&self.proxy.gauges()));
+        let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+        response.headers_mut().insert(header::CONTENT_TYPE, kind);
+        response
+    }
+}
+
+fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
+}

@@ -1,0 +1,4 @@
+//! demo (being written)
+pub async fn run(_exit: bool) -> Result<(), String> {
+    Ok(())
+}

@@ -1,0 +1,178 @@
+//! The account of one request: what it came to, written into the metrics exactly once, also when it is dropped half-way.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::metrics::{AttemptResult, Metrics, ModelMetrics, Outcome, Phase, TokenKind};
+use crate::models::ModelId;
+use crate::openai::usage::Usage;
+
+/// Opened when a request's head has come; closed by [`Ledger::close`], or by being dropped, which means that the client
+/// went away.
+pub struct Ledger {
+    metrics: Arc<Metrics>,
+    model: Arc<ModelMetrics>,
+    arrived: Instant,
+    phase: Phase,
+    /// Time spent in the queue, all attempts together.
+    queued: Duration,
+    /// Time the gateway took, without the attempt under way.
+    upstream: Duration,
+    /// Time spent between attempts, and on the client's body.
+    elsewhere: Duration,
+    attempt: Option<Attempt>,
+    attempts: u32,
+    open: bool,
+}
+
+/// An attempt under way.
+struct Attempt {
+    began: Instant,
+    first_event: Option<Instant>,
+}
+
+impl Ledger {
+    /// Opens the account of a request that has just arrived; its model is not known yet.
+    pub fn open(metrics: Arc<Metrics>, arrived: Instant) -> Self {
+        Self {
+            model: metrics.model(ModelId::NONE),
+            metrics,
+            arrived,
+            phase: Phase::Queue,
+            queued: Duration::ZERO,
+            upstream: Duration::ZERO,
+            elsewhere: Duration::ZERO,
+            attempt: None,
+            attempts: 0,
+            open: true,
+        }
+    }
+
+    /// The model is known.
+    pub fn set_model(&mut self, model: ModelId) {
+        self.model = self.metrics.model(model);
+    }
+
+    /// When the request arrived.
+    pub fn arrived(&self) -> Instant {
+        self.arrived
+    }
+
+    /// Time spent in the queue so far.
+    pub fn queued(&self) -> Duration {
+        self.queued
+    }
+
+    /// Attempts begun so far.
+    pub fn attempts(&self) -> u32 {
+        self.attempts
+    }
+
+    /// An attempt waited so long for its permit, or for its refusal.
+    pub fn waited(&mut self, waited: Duration) {
+        self.queued += waited;
+        self.model.queue_wait(waited);
+    }
+
+    /// Time that was neither weir's nor spent waiting: reading the client's body.
+    pub fn spent_elsewhere(&mut self, spent: Duration) {
+        self.elsewhere += spent;
+    }
+
+    /// Time that the gateway took so far, all attempts together.
+    pub fn upstream_time(&self) -> Duration {
+        self.upstream + self.attempt_elapsed()
+    }
+
+    /// weir slept between two attempts.
+    pub fn slept(&mut self, slept: Duration) {
+        self.elsewhere += slept;
+        self.phase = Phase::Queue;
+    }
+
+    /// An attempt is being sent.
+    pub fn attempt_begins(&mut self) {
+        self.attempts += 1;
+        self.phase = Phase::Upstream;
+        self.attempt = Some(Attempt { began: Instant::now(), first_event: None });
+    }
+
+    /// The attempt under way, if there is one, has ended.
+    pub fn attempt_ends(&mut self, result: AttemptResult) {
+        let Some(attempt) = self.attempt.take() else { return };
+        let took = attempt.began.elapsed();
+        self.model.attempt(result, took);
+        self.upstream += took;
+    }
+
+    /// The attempt that ended like this is made again.
+    pub fn retries(&self, reason: AttemptResult) {
+        self.model.retry(reason);
+    }
+
+    /// How long the attempt under way has taken so far.
+    fn attempt_elapsed(&self) -> Duration {
+        self.attempt.as_ref().map_or(Duration::ZERO, |attempt| attempt.began.elapsed())
+    }
+
+    /// The answer begins to go to the client: from here on nothing is retried.
+    pub fn answer_begins(&mut self) {
+        self.phase = Phase::Stream;
+        let others = self.queued + self.elsewhere + self.upstream_time();
+        self.metrics.overhead(self.arrived.elapsed().saturating_sub(others));
+    }
+
+    /// A stream's first event has come.
+    pub fn first_event(&mut self) {
+        let Some(attempt) = &mut self.attempt else { return };
+        let now = Instant::now();
+        attempt.first_event = Some(now);
+        self.model.first_token(now - attempt.began);
+    }
+
+    /// The gateway says what the answer cost.
+    pub fn used(&mut self, usage: Usage) {
+        let counts = [
+            (TokenKind::Prompt, usage.prompt),
+            (TokenKind::Completion, usage.completion),
+            (TokenKind::Cached, usage.cached),
+            (TokenKind::Reasoning, usage.reasoning),
+        ];
+        for (kind, count) in counts {
+            self.model.tokens(kind, count);
+        }
+        let first_event = self.attempt.as_ref().and_then(|attempt| attempt.first_event);
+        if let (Some(first), 2..) = (first_event, usage.completion) {
+            let after_the_first = u32::try_from(usage.completion - 1).unwrap_or(u32::MAX);
+            self.model.per_output_token(first.elapsed() / after_the_first);
+        }
+    }
+
+    /// weir refused the request.
+    pub fn refused(&self, by: crate::metrics::RefusedBy) {
+        self.model.refused(by);
+    }
+
+    /// The request has ended. Only the first call counts.
+    pub fn close(&mut self, outcome: Outcome) {
+        if !std::mem::replace(&mut self.open, false) {
+            return;
+        }
+        self.model.request(outcome);
+        if self.attempts > 0 && matches!(outcome, Outcome::Ok | Outcome::ClientError | Outcome::UpstreamError) {
+            self.model.request_duration(self.arrived.elapsed());
+        }
+        if outcome == Outcome::Disconnected {
+            self.metrics.disconnect(self.phase);
+        }
+    }
+}
+
+impl Drop for Ledger {
+    fn drop(&mut self) {
+        self.attempt_ends(AttemptResult::Cancelled);
+        self.close(Outcome::Disconnected);
+    }
+}

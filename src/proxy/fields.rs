@@ -1,0 +1,266 @@
+//! The header fields of an intermediary: what is checked, dropped, replaced and added (RFC 9110, section 7).
+
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::uri::Authority;
+use http::{Version, request, response};
+
+use crate::config::Secret;
+use crate::error::{Cause, Failure};
+
+/// Fields that concern one connection only (RFC 9110, 7.6.1, and those of old that meant the same).
+const HOP_BY_HOP: [HeaderName; 8] = [
+    header::CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    header::PROXY_AUTHENTICATE,
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+];
+
+/// Where clients put their keys: OpenAI's, Anthropic's and Azure's way.
+const KEYS: [HeaderName; 3] =
+    [header::AUTHORIZATION, HeaderName::from_static("x-api-key"), HeaderName::from_static("api-key")];
+
+/// The most bytes of names and values that a head may have; hyper itself refuses more than 100 fields.
+const MAX_HEAD_BYTES: usize = 64 << 10;
+
+/// Refuses a head whose Host is missing, doubled or malformed, that is too long, or that has been through this weir.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check(head: &request::Parts, via: &Via) -> Result<(), Failure> {
+    let bytes: usize = head.headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+    if bytes > MAX_HEAD_BYTES {
+        let message = format!("the request's header fields take {bytes} bytes; weir reads {MAX_HEAD_BYTES} at most");
+        return Err(Failure::new(Cause::HeadersTooLarge, message));
+    }
+    check_host(head).map_err(|message| Failure::new(Cause::BadRequest, message))?;
+    if via.is_in(&head.headers) {
+        let message = "this request has been through this weir before: upstream.base_url leads back to weir itself";
+        return Err(Failure::new(Cause::LoopDetected, message));
+    }
+    Ok(())
+}
+
+fn check_host(head: &request::Parts) -> Result<(), &'static str> {
+    let mut hosts = head.headers.get_all(header::HOST).iter();
+    let host = hosts.next();
+    if hosts.next().is_some() {
+        return Err("the request has more than one Host header");
+    }
+    match host {
+        Some(host)
+            if host.is_empty()
+                || Authority::try_from(host.as_bytes()).is_ok_and(|host| !host.as_str().contains('@')) =>
+        {
+            Ok(())
+        }
+        Some(_) => Err("the request's Host header is not a host"),
+        None if head.version == Version::HTTP_11 => Err("the request has no Host header"),
+        None => Ok(()),
+    }
+}
+
+/// Makes a client's fields those of the request to the gateway.
+pub fn to_upstream(head: &mut request::Parts, host: &HeaderValue, via: &Via, key: Option<&Secret>, metered: bool) {
+    let fields = &mut head.headers;
+    strip_hop_by_hop(fields);
+    // The length is the body's own, and weir has answered the expectation already.
+    fields.remove(header::CONTENT_LENGTH);
+    fields.remove(header::EXPECT);
+    fields.insert(header::HOST, host.clone());
+    fields.append(header::VIA, via.field(head.version));
+    if metered {
+        // An encoded answer's usage could not be read.
+        fields.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+    }
+    if head.version == Version::HTTP_2 {
+        join_cookies(fields);
+    }
+    if let Some(key) = key {
+        replace_keys(fields, key);
+    }
+}
+
+/// Makes the gateway's fields those of the answer to the client.
+pub fn to_client(head: &mut response::Parts) {
+    // With both, the length is a lie (RFC 9112, 6.3).
+    if head.headers.contains_key(header::TRANSFER_ENCODING) {
+        head.headers.remove(header::CONTENT_LENGTH);
+    }
+    strip_hop_by_hop(&mut head.headers);
+    head.version = Version::HTTP_11;
+}
+
+fn strip_hop_by_hop(fields: &mut HeaderMap) {
+    if fields.contains_key(header::CONNECTION) {
+        let named: Vec<HeaderName> = fields
+            .get_all(header::CONNECTION)
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .flat_map(|value| value.split(','))
+            .filter_map(|name| name.trim().parse().ok())
+            .collect();
+        for name in named {
+            fields.remove(name);
+        }
+    }
+    for name in &HOP_BY_HOP {
+        fields.remove(name);
+    }
+}
+
+/// HTTP/2 may split the cookie into several fields, HTTP/1.1 may not (RFC 9113, 8.2.3).
+fn join_cookies(fields: &mut HeaderMap) {
+    let crumbs: Vec<&[u8]> = fields.get_all(header::COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if crumbs.len() > 1
+        && let Ok(cookie) = HeaderValue::from_bytes(&crumbs.join(&b"; "[..]))
+    {
+        fields.insert(header::COOKIE, cookie);
+    }
+}
+
+/// Puts the upstream's key where the client's own was, and into `Authorization` in any case.
+fn replace_keys(fields: &mut HeaderMap, key: &Secret) {
+    let sensitive = |text: &str| {
+        let mut value = HeaderValue::from_str(text).expect("a secret was checked to be visible ASCII");
+        value.set_sensitive(true);
+        value
+    };
+    let [authorization, others @ ..] = &KEYS;
+    for name in others {
+        if fields.remove(name).is_some() {
+            fields.insert(name, sensitive(key.reveal()));
+        }
+    }
+    fields.insert(authorization, sensitive(&format!("Bearer {}", key.reveal())));
+}
+
+/// The key that a client sent, wherever it put it.
+pub fn client_key(fields: &HeaderMap) -> Option<&HeaderValue> {
+    KEYS.iter().find_map(|name| fields.get(name))
+}
+
+/// This weir's name in `Via`, by which it knows its own requests again.
+#[derive(Debug, Clone)]
+pub struct Via {
+    name: String,
+    http1: HeaderValue,
+    http2: HeaderValue,
+}
+
+impl Via {
+    /// A name that no other weir has.
+    pub fn new(instance: &str) -> Self {
+        let name = format!("weir-{instance}");
+        let field = |version: &str| HeaderValue::from_str(&format!("{version} {name}")).expect("an instance is ASCII");
+        Self { http1: field("1.1"), http2: field("2.0"), name }
+    }
+
+    fn field(&self, received: Version) -> HeaderValue {
+        if received == Version::HTTP_2 { self.http2.clone() } else { self.http1.clone() }
+    }
+
+    fn is_in(&self, fields: &HeaderMap) -> bool {
+        let values = fields.get_all(header::VIA).iter().filter_map(|value| value.to_str().ok());
+        values.flat_map(|value| value.split(',')).any(|hop| hop.split_whitespace().nth(1) == Some(self.name.as_str()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::Request;
+
+    use super::*;
+
+    fn head(lines: &[(&str, &str)]) -> request::Parts {
+        let mut request = Request::builder().uri("/v1/models");
+        for (name, value) in lines {
+            request = request.header(*name, *value);
+        }
+        request.body(()).expect("a request").into_parts().0
+    }
+
+    #[test]
+    fn one_host_is_needed_and_no_more() {
+        let via = Via::new("a");
+        assert!(check(&head(&[("host", "localhost:8080")]), &via).is_ok());
+        for lines in [&[][..], &[("host", "a"), ("host", "a")], &[("host", "a b")], &[("host", "user@a")]] {
+            assert_eq!(check(&head(lines), &via).map_err(|failure| failure.cause), Err(Cause::BadRequest), "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn a_request_that_comes_back_is_known() {
+        let via = Via::new("7f");
+        let came_back = head(&[("host", "a"), ("via", "1.1 cdn, 1.1 weir-7f (comment)")]);
+        assert_eq!(check(&came_back, &via).map_err(|failure| failure.cause), Err(Cause::LoopDetected));
+        assert!(check(&head(&[("host", "a"), ("via", "1.1 weir-80")]), &via).is_ok());
+    }
+
+    #[test]
+    fn a_header_bomb_is_refused() {
+        let bomb = "x".repeat(MAX_HEAD_BYTES);
+        let refused = check(&head(&[("host", "a"), ("x-bomb", &bomb)]), &Via::new("a"));
+        assert_eq!(refused.map_err(|failure| failure.cause), Err(Cause::HeadersTooLarge));
+    }
+
+    #[test]
+    fn hop_by_hop_fields_and_those_that_connection_names_are_dropped() {
+        let mut head = head(&[
+            ("connection", "close, X-Secret"),
+            ("x-secret", "1"),
+            ("te", "trailers"),
+            ("upgrade", "websocket"),
+            ("keep-alive", "timeout=5"),
+            ("x-kept", "2"),
+            ("expect", "100-continue"),
+            ("content-length", "5"),
+        ]);
+        to_upstream(&mut head, &HeaderValue::from_static("gateway"), &Via::new("a"), None, true);
+        let names: Vec<&str> = head.headers.keys().map(HeaderName::as_str).collect();
+        assert_eq!(names.len(), 4, "{names:?}");
+        assert_eq!(
+            (&head.headers["host"], &head.headers["x-kept"]),
+            (&HeaderValue::from_static("gateway"), &HeaderValue::from_static("2"))
+        );
+        assert_eq!(
+            (&head.headers["via"], &head.headers["accept-encoding"]),
+            (&HeaderValue::from_static("1.1 weir-a"), &HeaderValue::from_static("identity"))
+        );
+    }
+
+    #[test]
+    fn the_upstreams_key_stands_wherever_the_clients_own_did() {
+        let key = Secret::resolve("sk-upstream", &|_| None).expect("a secret");
+        let mut head = head(&[("authorization", "Bearer mine"), ("x-api-key", "mine"), ("api-key", "mine")]);
+        to_upstream(&mut head, &HeaderValue::from_static("gateway"), &Via::new("a"), Some(&key), true);
+        assert!(
+            !format!("{:?}", head.headers).contains("mine") && !format!("{:?}", head.headers).contains("sk-upstream")
+        );
+        assert_eq!(
+            (&head.headers["authorization"], &head.headers["x-api-key"]),
+            (&HeaderValue::from_static("Bearer sk-upstream"), &HeaderValue::from_static("sk-upstream"))
+        );
+    }
+
+    #[test]
+    fn crumbs_of_an_http2_cookie_are_joined() {
+        let mut head = head(&[("cookie", "a=1"), ("cookie", "b=2")]);
+        head.version = Version::HTTP_2;
+        to_upstream(&mut head, &HeaderValue::from_static("gateway"), &Via::new("a"), None, false);
+        assert_eq!(head.headers["cookie"], "a=1; b=2");
+    }
+
+    #[test]
+    fn a_length_beside_a_transfer_encoding_is_dropped() {
+        let response = http::Response::builder().header("transfer-encoding", "chunked").header("content-length", "5");
+        let (mut head, ()) =
+            response.header("set-cookie", "a").header("set-cookie", "b").body(()).expect("ok").into_parts();
+        to_client(&mut head);
+        assert_eq!(head.headers.len(), 2);
+        assert_eq!(head.headers.get_all("set-cookie").iter().count(), 2);
+    }
+}

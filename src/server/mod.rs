@@ -1,0 +1,300 @@
+//! Where clients connect: accepting, serving HTTP/1.1 and HTTP/2, and stopping without cutting anyone off.
+//!
+//! One thread accepts, and hands each connection to the worker with the fewest. A worker is a single-threaded runtime with
+//! connections to the gateway of its own, so that a request is served on one core from its first byte to its last
+//! (docs/benchmarks.md has the figures behind this).
+
+mod edge;
+
+use std::convert::Infallible;
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdListener};
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Version};
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+
+use crate::config;
+use crate::proxy::{Proxy, ResponseBody};
+use crate::relay::BrokenOff;
+
+use edge::{ActiveRequest, Activity, Edge, EdgeLimits};
+
+/// HTTP/2 streams at once on one connection.
+const MAX_STREAMS: u32 = 256;
+
+/// What a client may send on an HTTP/2 stream, and on a whole connection, before weir has read it.
+const STREAM_WINDOW: u32 = 64 << 10;
+const CONNECTION_WINDOW: u32 = 256 << 10;
+
+/// Bytes of an HTTP/2 request's header list; those of HTTP/1 are counted by the proxy.
+const MAX_HEADER_LIST: u32 = 64 << 10;
+
+/// How long to wait before accepting again when the process has no file descriptors left.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Tells connections to end when they can.
+#[derive(Debug, Clone)]
+pub struct Drain {
+    begun: watch::Receiver<bool>,
+}
+
+/// Begins a drain, and sees when everyone who watches it is gone.
+#[derive(Debug)]
+pub struct DrainControl {
+    begin: watch::Sender<bool>,
+}
+
+impl DrainControl {
+    /// A drain that has not begun.
+    pub fn new() -> (Self, Drain) {
+        let (begin, begun) = watch::channel(false);
+        (Self { begin }, Drain { begun })
+    }
+
+    /// Begins: no new request on any connection.
+    pub fn begin(&self) {
+        self.begin.send_replace(true);
+    }
+
+    /// Waits until every [`Drain`] is dropped: every connection has ended.
+    pub async fn ended(&self) {
+        self.begin.closed().await;
+    }
+}
+
+impl Default for DrainControl {
+    fn default() -> Self {
+        Self::new().0
+    }
+}
+
+impl Drain {
+    async fn begun(&mut self) {
+        // The control is gone only when the process ends.
+        let _ = self.begun.wait_for(|begun| *begun).await;
+    }
+}
+
+/// Serves one connection until it ends: HTTP/1.1, or HTTP/2 where the client begins with it.
+///
+/// Dropping the future closes the connection and cancels its requests.
+pub async fn serve_connection<I>(io: I, proxy: Arc<Proxy>, settings: &config::Server, mut drain: Drain)
+where
+    I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let limits =
+        EdgeLimits { header: settings.header_timeout, keep_alive: settings.keep_alive, write: settings.write_timeout };
+    let activity = Arc::new(Activity::default());
+    let io = TokioIo::new(Edge::new(io, activity.clone(), limits));
+    let service = service_fn(move |request: Request<Incoming>| {
+        let active = activity.begin(request.version() == Version::HTTP_2);
+        let proxy = proxy.clone();
+        async move { Ok::<_, Infallible>(proxy.serve(request).await.map(|body| Tracked { body, _active: active })) }
+    });
+    let builder = builder();
+    let mut connection = pin!(builder.serve_connection(io, service));
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = drain.begun() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(error, "a client's connection ended early");
+    }
+}
+
+fn builder() -> auto::Builder<TokioExecutor> {
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    // Deadlines are the edge's; hyper's own would be the keep-alive limit too.
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(None);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(MAX_STREAMS)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_header_list_size(MAX_HEADER_LIST);
+    builder
+}
+
+/// A response body that ends its request when it is dropped.
+struct Tracked {
+    body: ResponseBody,
+    _active: ActiveRequest,
+}
+
+impl Body for Tracked {
+    type Data = Bytes;
+    type Error = BrokenOff;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
+        Pin::new(&mut self.get_mut().body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// The threads that serve connections.
+pub struct Workers {
+    workers: Vec<Worker>,
+    connections: Arc<Semaphore>,
+    max_connections: usize,
+}
+
+struct Worker {
+    /// Unbounded in form; bounded by `max_connections`, since each carries one of its permits.
+    inbox: mpsc::UnboundedSender<Accepted>,
+    open: Arc<AtomicUsize>,
+}
+
+/// A connection on its way to its worker.
+struct Accepted {
+    stream: std::net::TcpStream,
+    drain: Drain,
+    permit: OwnedSemaphorePermit,
+}
+
+impl Workers {
+    /// Starts `count` threads.
+    ///
+    /// # Errors
+    /// A thread or its runtime could not be made.
+    pub fn start(count: usize, proxy: &Proxy, settings: &config::Server) -> io::Result<Self> {
+        let start = |number| Worker::start(number, Arc::new(proxy.for_another_worker()), settings.clone());
+        let max_connections = settings.max_connections as usize;
+        Ok(Self {
+            workers: (0..count.max(1)).map(start).collect::<io::Result<_>>()?,
+            connections: Arc::new(Semaphore::new(max_connections)),
+            max_connections,
+        })
+    }
+
+    /// Clients connected now.
+    pub fn connections(&self) -> usize {
+        self.max_connections - self.connections.available_permits()
+    }
+
+    /// Accepts connections until the drain begins; then closes the listener.
+    pub async fn accept(&self, listener: TcpListener, mut drain: Drain) {
+        let watching = drain.clone();
+        loop {
+            // Beyond the limit nobody is accepted: they wait in the kernel's backlog.
+            let next = async {
+                let permit = self.connections.clone().acquire_owned().await.expect("the semaphore is never closed");
+                (listener.accept().await, permit)
+            };
+            let (accepted, permit) = tokio::select! {
+                next = next => next,
+                () = drain.begun() => return,
+            };
+            match accepted {
+                Ok((stream, _)) => self.hand_over(stream, watching.clone(), permit),
+                Err(error) if is_passing(&error) => {}
+                Err(error) => {
+                    tracing::error!(%error, "cannot accept connections; raise the limit of open files if they have run out");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    fn hand_over(&self, stream: TcpStream, drain: Drain, permit: OwnedSemaphorePermit) {
+        let idlest =
+            self.workers.iter().min_by_key(|worker| worker.open.load(Ordering::Relaxed)).expect("there is a worker");
+        match stream.into_std() {
+            Ok(stream) => {
+                idlest.open.fetch_add(1, Ordering::Relaxed);
+                // A worker ends with the process only.
+                let _ = idlest.inbox.send(Accepted { stream, drain, permit });
+            }
+            Err(error) => tracing::debug!(%error, "a connection was lost on its way"),
+        }
+    }
+}
+
+/// Errors of the connection that was to be accepted, not of accepting.
+fn is_passing(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
+}
+
+impl Worker {
+    fn start(number: usize, proxy: Arc<Proxy>, settings: config::Server) -> io::Result<Self> {
+        let (inbox, accepted) = mpsc::unbounded_channel();
+        let open = Arc::new(AtomicUsize::new(0));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let work = work(accepted, proxy, settings, open.clone());
+        std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || runtime.block_on(work))?;
+        Ok(Self { inbox, open })
+    }
+}
+
+/// Serves every connection that is handed over, each in a task of its own.
+async fn work(
+    mut inbox: mpsc::UnboundedReceiver<Accepted>,
+    proxy: Arc<Proxy>,
+    settings: config::Server,
+    open: Arc<AtomicUsize>,
+) {
+    while let Some(Accepted { stream, drain, permit }) = inbox.recv().await {
+        let (proxy, settings, open) = (proxy.clone(), settings.clone(), open.clone());
+        tokio::spawn(async move {
+            match prepare(stream) {
+                Ok(stream) => serve_connection(stream, proxy, &settings, drain).await,
+                Err(error) => tracing::debug!(%error, "a connection was lost on its way"),
+            }
+            open.fetch_sub(1, Ordering::Relaxed);
+            drop(permit);
+        });
+    }
+}
+
+fn prepare(stream: std::net::TcpStream) -> io::Result<TcpStream> {
+    let stream = TcpStream::from_std(stream)?;
+    // An event must not wait for the acknowledgement of the one before.
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// Binds an address.
+///
+/// # Errors
+/// That it is taken or not this machine's, with what to do about it.
+pub fn bind(address: SocketAddr, option: &str) -> Result<TcpListener, String> {
+    let bound = StdListener::bind(address).and_then(|listener| {
+        listener.set_nonblocking(true)?;
+        TcpListener::from_std(listener)
+    });
+    bound.map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => {
+            format!("cannot listen on {address}: another program does; stop it, or give {option} another port")
+        }
+        io::ErrorKind::PermissionDenied => {
+            format!(
+                "cannot listen on {address}: not allowed; ports below 1024 need a privilege, so give {option} another"
+            )
+        }
+        _ => format!("cannot listen on {address} ({option}): {error}"),
+    })
+}

@@ -1,0 +1,155 @@
+//! Connections that wait for their next request.
+//!
+//! Last in, first out, so that in quiet times few connections are used and the rest grow old and are closed.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper_util::rt::TokioIo;
+use rand::RngExt;
+use tokio::time::Instant;
+
+use super::Payload;
+use super::connect::Io;
+
+/// An idle connection is closed after this, if the gateway has not done so.
+const MAX_IDLE: Duration = Duration::from_secs(60);
+
+/// A request that must not be sent twice takes no connection that has been idle for longer: many servers close theirs after
+/// 5 s (node, uvicorn), perhaps in the very moment in which it is written to.
+const MAX_IDLE_ONCE: Duration = Duration::from_secs(4);
+
+/// A connection is not used any more after this (and up to a fifth less), so that a change of the gateway's address is seen.
+const MAX_AGE: Duration = Duration::from_secs(300);
+
+/// How long a connection may have been idle to be taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MaxIdle {
+    /// The request can be sent again: any will do.
+    Repeatable,
+    /// It can't.
+    Once,
+}
+
+/// A connection to the gateway, of one pool or another.
+#[derive(Debug)]
+pub struct Connection {
+    pub sender: SendRequest<Payload>,
+    retires: Instant,
+}
+
+/// How many connections there are, all pools together.
+#[derive(Debug, Default)]
+pub struct ConnectionCounts {
+    open: AtomicU64,
+    idle: AtomicU64,
+}
+
+impl ConnectionCounts {
+    /// Connections that carry a request, and connections that wait for one.
+    pub fn active_and_idle(&self) -> (u64, u64) {
+        let idle = self.idle.load(Ordering::Relaxed);
+        (self.open.load(Ordering::Relaxed).saturating_sub(idle), idle)
+    }
+}
+
+/// The idle connections of one worker.
+#[derive(Debug)]
+pub struct Pool {
+    /// Guards the list only; held for a push or a pop.
+    idle: Mutex<IdleList>,
+    counts: Arc<ConnectionCounts>,
+    me: Weak<Pool>,
+}
+
+#[derive(Debug, Default)]
+struct IdleList {
+    /// The longest idle first.
+    connections: Vec<(Instant, Connection)>,
+    /// A task is there that closes what gets old.
+    swept: bool,
+}
+
+impl Pool {
+    /// An empty pool.
+    pub fn new(counts: Arc<ConnectionCounts>) -> Arc<Self> {
+        Arc::new_cyclic(|me| Self { idle: Mutex::default(), counts, me: me.clone() })
+    }
+
+    /// A connection that is ready for a request, the one that was used last.
+    pub fn take(&self, max_idle: MaxIdle) -> Option<Connection> {
+        let now = Instant::now();
+        let longest = if max_idle == MaxIdle::Once { MAX_IDLE_ONCE } else { MAX_IDLE };
+        let mut idle = self.lock();
+        let before = idle.connections.len();
+        idle.connections.retain(|(_, connection)| !connection.sender.is_closed() && now < connection.retires);
+        let usable =
+            |(since, connection): &(Instant, Connection)| connection.sender.is_ready() && now - *since < longest;
+        let taken = idle.connections.iter().rposition(usable).map(|at| idle.connections.remove(at).1);
+        self.counts.idle.fetch_sub((before - idle.connections.len()) as u64, Ordering::Relaxed);
+        taken
+    }
+
+    /// Takes in a new connection, whose driver runs until it is closed.
+    pub fn adopt(&self, sender: SendRequest<Payload>, driver: http1::Connection<TokioIo<Io>, Payload>) -> Connection {
+        self.counts.open.fetch_add(1, Ordering::Relaxed);
+        let counts = Arc::clone(&self.counts);
+        tokio::spawn(async move {
+            // How it ended is told to whoever waits for an answer on it.
+            let _ = driver.await;
+            counts.open.fetch_sub(1, Ordering::Relaxed);
+        });
+        let age = MAX_AGE - MAX_AGE.mul_f64(rand::rng().random_range(0.0..0.2));
+        Connection { sender, retires: Instant::now() + age }
+    }
+
+    /// Takes a connection back whose answer was read to its end.
+    pub fn give_back(&self, connection: Connection) {
+        let now = Instant::now();
+        if connection.sender.is_closed() || now >= connection.retires {
+            return;
+        }
+        let mut idle = self.lock();
+        idle.connections.push((now, connection));
+        self.counts.idle.fetch_add(1, Ordering::Relaxed);
+        if !std::mem::replace(&mut idle.swept, true) {
+            tokio::spawn(sweep(self.me.clone()));
+        }
+    }
+
+    /// Closes what has been idle for too long, and says when to look again; `None` when nothing is idle.
+    fn close_old(&self) -> Option<Instant> {
+        let now = Instant::now();
+        let mut idle = self.lock();
+        let before = idle.connections.len();
+        idle.connections.retain(|(since, connection)| {
+            !connection.sender.is_closed() && now < connection.retires && now - *since < MAX_IDLE
+        });
+        self.counts.idle.fetch_sub((before - idle.connections.len()) as u64, Ordering::Relaxed);
+        let oldest = idle.connections.iter().map(|(since, _)| *since).min();
+        idle.swept = oldest.is_some();
+        oldest.map(|since| since + MAX_IDLE)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, IdleList> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        let idle = self.lock().connections.len() as u64;
+        self.counts.idle.fetch_sub(idle, Ordering::Relaxed);
+    }
+}
+
+/// Closes old connections for as long as there are idle ones: an idle weir runs no timer.
+async fn sweep(pool: Weak<Pool>) {
+    let mut next = Some(Instant::now() + MAX_IDLE);
+    while let Some(at) = next {
+        tokio::time::sleep_until(at).await;
+        next = pool.upgrade().and_then(|pool| pool.close_old());
+    }
+}
