@@ -89,7 +89,6 @@ impl Ledger {
     /// weir slept between two attempts.
     pub fn slept(&mut self, slept: Duration) {
         self.elsewhere += slept;
-        self.phase = Phase::Queue;
     }
 
     /// An attempt is being sent.
@@ -105,6 +104,10 @@ impl Ledger {
         let took = attempt.began.elapsed();
         self.model.attempt(result, took);
         self.upstream += took;
+        // Until the next attempt is sent, or the answer begins, it waits again.
+        if self.phase == Phase::Upstream && result != AttemptResult::Cancelled {
+            self.phase = Phase::Queue;
+        }
     }
 
     /// The attempt that ended like this is made again.

@@ -131,6 +131,8 @@ impl Gate {
             }
             () = tokio::time::sleep_until(ask.until) => {
                 place.ticket = None;
+                // A bucket may refill at this very moment; the waiter whose cell that is gets it.
+                self.change(|_, _| ());
                 match self.change(|queue, now| queue.expire(ticket, now)) {
                     Some(refusal) => Err(refusal),
                     None => turn.await.map_err(|_| Refusal::draining()),
@@ -300,6 +302,7 @@ async fn keep_time(gate: Weak<Gate>, retime: Arc<Notify>) {
         };
         match next {
             Some(at) => tokio::select! {
+                biased;
                 () = tokio::time::sleep_until(at) => {}
                 () = retime.notified() => {}
             },

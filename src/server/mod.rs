@@ -107,6 +107,7 @@ where
     let builder = builder();
     let mut connection = pin!(builder.serve_connection(io, service));
     let ended = tokio::select! {
+        biased;
         ended = connection.as_mut() => ended,
         () = drain.begun() => {
             connection.as_mut().graceful_shutdown();
@@ -205,8 +206,9 @@ impl Workers {
                 (listener.accept().await, permit)
             };
             let (accepted, permit) = tokio::select! {
-                next = next => next,
+                biased;
                 () = drain.begun() => return,
+                next = next => next,
             };
             match accepted {
                 Ok((stream, _)) => self.hand_over(stream, watching.clone(), permit),

@@ -1,0 +1,324 @@
+//! A gateway in memory that does what a test's script says, byte by byte.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use tower::service_fn;
+use tower::util::BoxCloneSyncService;
+use weir::upstream::connect::{ConnectError, Connector, Io};
+
+/// What the gateway does once it has read a request.
+#[derive(Debug, Clone)]
+pub enum Step {
+    Send(Vec<u8>),
+    Wait(Duration),
+    /// Does nothing more until weir closes the connection.
+    Stall,
+    /// Waits for [`Gateway::go_on`].
+    Gate,
+    /// Closes the connection.
+    Close,
+}
+
+/// A request as it reached the gateway.
+#[derive(Debug, Clone)]
+pub struct Seen {
+    /// Requests before this one.
+    pub number: usize,
+    /// Which connection it came on, from 0.
+    pub connection: usize,
+    pub at: Instant,
+    /// The head, byte for byte.
+    pub head: String,
+    pub body: Vec<u8>,
+}
+
+impl Seen {
+    /// The request line's target.
+    pub fn target(&self) -> &str {
+        self.head.split(' ').nth(1).expect("a request line has a target")
+    }
+
+    /// The values of a header.
+    pub fn header(&self, name: &str) -> Vec<&str> {
+        let lines = self.head.lines().filter_map(|line| line.split_once(": "));
+        lines.filter(|(found, _)| found.eq_ignore_ascii_case(name)).map(|(_, value)| value).collect()
+    }
+}
+
+type Script = dyn Fn(&Seen) -> Vec<Step> + Send + Sync;
+
+/// The gateway, and what it has seen.
+#[derive(Clone)]
+pub struct Gateway(Arc<State>);
+
+struct State {
+    script: Box<Script>,
+    seen: Mutex<Vec<Seen>>,
+    connections: AtomicUsize,
+    open: AtomicUsize,
+    /// Requests whose connection weir closed before the script was through.
+    cancelled: AtomicUsize,
+    /// Connections to refuse before any is made.
+    refuse: AtomicUsize,
+    /// How long a connection takes to be made.
+    connect_delay: Mutex<Duration>,
+    go_on: Notify,
+    happened: Notify,
+}
+
+impl Gateway {
+    /// A gateway that answers as the script says.
+    pub fn new(script: impl Fn(&Seen) -> Vec<Step> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(State {
+            script: Box::new(script),
+            seen: Mutex::default(),
+            connections: AtomicUsize::new(0),
+            open: AtomicUsize::new(0),
+            cancelled: AtomicUsize::new(0),
+            refuse: AtomicUsize::new(0),
+            connect_delay: Mutex::default(),
+            go_on: Notify::new(),
+            happened: Notify::new(),
+        }))
+    }
+
+    /// Refuses the next `count` connections.
+    pub fn refuse_connections(&self, count: usize) {
+        self.0.refuse.store(count, Ordering::Relaxed);
+    }
+
+    /// Takes so long to accept a connection.
+    pub fn delay_connections(&self, delay: Duration) {
+        *self.0.connect_delay.lock().expect("no test panics here") = delay;
+    }
+
+    /// Lets every script that stands at a [`Step::Gate`] go on.
+    pub fn go_on(&self) {
+        self.0.go_on.notify_waiters();
+    }
+
+    /// Everything that has reached the gateway.
+    pub fn seen(&self) -> Vec<Seen> {
+        self.0.seen.lock().expect("no test panics here").clone()
+    }
+
+    /// Connections made so far.
+    pub fn connections(&self) -> usize {
+        self.0.connections.load(Ordering::Relaxed)
+    }
+
+    /// Connections open now.
+    pub fn open(&self) -> usize {
+        self.0.open.load(Ordering::Relaxed)
+    }
+
+    /// Requests that weir cancelled.
+    pub fn cancelled(&self) -> usize {
+        self.0.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// Waits until so many requests have reached the gateway.
+    pub async fn saw(&self, count: usize) {
+        self.until(|gateway| gateway.seen().len() >= count).await;
+    }
+
+    /// Waits until so many requests have been cancelled.
+    pub async fn saw_cancelled(&self, count: usize) {
+        self.until(|gateway| gateway.cancelled() >= count).await;
+    }
+
+    async fn until(&self, met: impl Fn(&Self) -> bool) {
+        loop {
+            let happened = self.0.happened.notified();
+            if met(self) {
+                return;
+            }
+            happened.await;
+        }
+    }
+
+    /// The way to it, for weir.
+    pub fn connector(&self) -> Connector {
+        let gateway = self.clone();
+        BoxCloneSyncService::new(service_fn(move |_uri| gateway.clone().connect()))
+    }
+
+    async fn connect(self) -> Result<Io, ConnectError> {
+        let delay = *self.0.connect_delay.lock().expect("no test panics here");
+        if !delay.is_zero() {
+            tokio::time::sleep(delay).await;
+        }
+        let refusing = |left: usize| left.checked_sub(1);
+        if self.0.refuse.fetch_update(Ordering::Relaxed, Ordering::Relaxed, refusing).is_ok() {
+            return Err(ConnectError::new(
+                "cannot connect to the gateway",
+                std::io::ErrorKind::ConnectionRefused.into(),
+            ));
+        }
+        let (ours, theirs) = tokio::io::duplex(64 << 10);
+        let connection = self.0.connections.fetch_add(1, Ordering::Relaxed);
+        self.0.open.fetch_add(1, Ordering::Relaxed);
+        tokio::spawn(async move {
+            self.serve(theirs, connection).await;
+            self.0.open.fetch_sub(1, Ordering::Relaxed);
+            self.0.happened.notify_waiters();
+        });
+        Ok(Box::new(ours))
+    }
+
+    async fn serve(&self, mut io: DuplexStream, connection: usize) {
+        let mut buffer = Vec::new();
+        while let Some((head, body)) = read_request(&mut io, &mut buffer).await {
+            let seen = {
+                let mut all = self.0.seen.lock().expect("no test panics here");
+                let seen = Seen { number: all.len(), connection, at: Instant::now(), head, body };
+                all.push(seen.clone());
+                seen
+            };
+            self.0.happened.notify_waiters();
+            for step in (self.0.script)(&seen) {
+                let closes = matches!(step, Step::Close);
+                if closes || !self.take(step, &mut io).await {
+                    if !closes {
+                        self.0.cancelled.fetch_add(1, Ordering::Relaxed);
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Does one step; `false` when weir has closed the connection.
+    async fn take(&self, step: Step, io: &mut DuplexStream) -> bool {
+        let (mut reader, mut writer) = tokio::io::split(io);
+        let acting = async {
+            match step {
+                Step::Send(bytes) => return writer.write_all(&bytes).await.is_ok(),
+                Step::Wait(time) => tokio::time::sleep(time).await,
+                Step::Gate => self.0.go_on.notified().await,
+                Step::Stall => std::future::pending().await,
+                Step::Close => {}
+            }
+            true
+        };
+        tokio::select! {
+            biased;
+            alive = acting => alive,
+            _ = reader.read_u8() => false,
+        }
+    }
+}
+
+/// Reads a request: its head as text, its body decoded. `None` when the connection has ended.
+async fn read_request(io: &mut DuplexStream, buffer: &mut Vec<u8>) -> Option<(String, Vec<u8>)> {
+    let head_end = loop {
+        if let Some(at) = buffer.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
+            break at + 4;
+        }
+        if io.read_buf(buffer).await.ok()? == 0 {
+            return None;
+        }
+    };
+    let head = String::from_utf8(buffer.drain(..head_end).collect()).expect("weir sends text");
+    let lower = head.to_ascii_lowercase();
+    let length = lower.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse::<usize>().ok());
+    let body = match length {
+        Some(length) => {
+            while buffer.len() < length {
+                if io.read_buf(buffer).await.ok()? == 0 {
+                    return None;
+                }
+            }
+            buffer.drain(..length).collect()
+        }
+        None if lower.contains("transfer-encoding: chunked") => read_chunks(io, buffer).await?,
+        None => Vec::new(),
+    };
+    Some((head, body))
+}
+
+async fn read_chunks(io: &mut DuplexStream, buffer: &mut Vec<u8>) -> Option<Vec<u8>> {
+    let mut body = Vec::new();
+    loop {
+        let line_end = loop {
+            if let Some(at) = buffer.windows(2).position(|bytes| bytes == b"\r\n") {
+                break at;
+            }
+            if io.read_buf(buffer).await.ok()? == 0 {
+                return None;
+            }
+        };
+        let size = usize::from_str_radix(std::str::from_utf8(&buffer[..line_end]).ok()?, 16).ok()?;
+        while buffer.len() < line_end + 2 + size + 2 {
+            if io.read_buf(buffer).await.ok()? == 0 {
+                return None;
+            }
+        }
+        body.extend_from_slice(&buffer[line_end + 2..line_end + 2 + size]);
+        buffer.drain(..line_end + 2 + size + 2);
+        if size == 0 {
+            return Some(body);
+        }
+    }
+}
+
+/// An answer with a body of known length.
+pub fn answer(status: u16, headers: &[(&str, &str)], body: &str) -> Vec<Step> {
+    let mut text = format!("HTTP/1.1 {status} Whatever\r\ncontent-length: {}\r\n", body.len());
+    for (name, value) in headers {
+        text.push_str(&format!("{name}: {value}\r\n"));
+    }
+    vec![Step::Send(format!("{text}\r\n{body}").into_bytes())]
+}
+
+/// A chat completion.
+pub fn completion() -> Vec<Step> {
+    let usage = r#""usage":{"prompt_tokens":10,"completion_tokens":5,"total_tokens":15}"#;
+    answer(
+        200,
+        &[("content-type", "application/json")],
+        &format!(r#"{{"choices":[{{"message":{{"content":"fine"}}}}],{usage}}}"#),
+    )
+}
+
+/// An error in OpenAI's shape.
+pub fn error(status: u16, headers: &[(&str, &str)]) -> Vec<Step> {
+    let mut all = vec![("content-type", "application/json")];
+    all.extend_from_slice(headers);
+    answer(
+        status,
+        &all,
+        r#"{"error":{"message":"the gateway says no","type":"server_error","param":null,"code":"upstream_code"}}"#,
+    )
+}
+
+/// The head of a stream of events.
+pub fn stream_head() -> Step {
+    Step::Send(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n".to_vec())
+}
+
+/// One chunk of a chunked body.
+pub fn chunk(data: &str) -> Step {
+    Step::Send(format!("{:x}\r\n{data}\r\n", data.len()).into_bytes())
+}
+
+/// An event that carries a word.
+pub fn event(word: &str) -> Step {
+    chunk(&format!("data: {{\"choices\":[{{\"delta\":{{\"content\":\"{word}\"}}}}]}}\n\n"))
+}
+
+/// The end of a stream.
+pub fn done() -> [Step; 2] {
+    [chunk("data: [DONE]\n\n"), Step::Send(b"0\r\n\r\n".to_vec())]
+}
+
+/// A whole stream of these words.
+pub fn stream(words: &[&str]) -> Vec<Step> {
+    let words = words.iter().map(|word| event(word));
+    std::iter::once(stream_head()).chain(words).chain(done()).collect()
+}

@@ -1,0 +1,8 @@
+//! How weir behaves, seen from both sides: real HTTP over pipes in memory, a scripted gateway, a paused clock.
+
+mod gateway;
+mod world;
+
+mod hang_ups;
+mod limits;
+mod retries;

@@ -1,0 +1,234 @@
+//! A weir in memory between a client and a scripted gateway, under a paused clock.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::Incoming;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::io::DuplexStream;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use weir::config::Config;
+use weir::proxy::Proxy;
+use weir::server::{self, DrainControl};
+
+use crate::gateway::{Gateway, Seen, Step};
+
+/// A chat request for a model that the tests know by name.
+pub const CHAT: &str = r#"{"model":"gpt-4.1-mini","messages":[{"role":"user","content":"hello"}]}"#;
+
+/// The same as a stream.
+pub const STREAM: &str = r#"{"model":"gpt-4.1-mini","stream":true,"messages":[{"role":"user","content":"hello"}]}"#;
+
+/// weir, the gateway behind it, and the time at which both began.
+#[derive(Clone)]
+pub struct World {
+    pub gateway: Gateway,
+    pub proxy: Arc<Proxy>,
+    pub start: Instant,
+    settings: weir::config::Server,
+    drain: Arc<DrainControl>,
+    watch: server::Drain,
+}
+
+/// An answer, read to its end.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: Vec<u8>,
+    /// The body broke off.
+    pub broken: bool,
+}
+
+impl Answer {
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
+    /// A header's value; empty where there is none.
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", |value| value.to_str().expect("headers are text here"))
+    }
+
+    /// `error.code` of an error.
+    pub fn code(&self) -> String {
+        let value: serde_json::Value = serde_json::from_slice(&self.body).expect("an error is JSON");
+        assert!(value["error"]["message"].is_string(), "error has a message: {value}");
+        value["error"]["code"].as_str().unwrap_or_default().to_owned()
+    }
+}
+
+impl World {
+    /// A weir with this configuration (TOML) before a gateway that follows the script.
+    pub fn new(config: &str, script: impl Fn(&Seen) -> Vec<Step> + Send + Sync + 'static) -> Self {
+        let with_upstream = format!("{config}\n[models.\"gpt-4.1-mini\"]\n");
+        let config = if config.contains("[models.\"gpt-4.1-mini\"]") { config } else { &with_upstream };
+        let config = Config::parse(config, &|_| None).unwrap_or_else(|complaints| panic!("{complaints}"));
+        let gateway = Gateway::new(script);
+        let settings = config.server.clone();
+        let proxy = Arc::new(Proxy::new(Arc::new(config), gateway.connector()));
+        let (drain, watch) = DrainControl::new();
+        Self { gateway, proxy, start: Instant::now(), settings, drain: Arc::new(drain), watch }
+    }
+
+    /// A new connection, as bytes.
+    pub fn connect(&self) -> DuplexStream {
+        self.connect_with_buffer(64 << 10)
+    }
+
+    /// A new connection on which so many bytes can be under way in each direction.
+    pub fn connect_with_buffer(&self, bytes: usize) -> DuplexStream {
+        let (ours, theirs) = tokio::io::duplex(bytes);
+        let (proxy, settings, watch) = (self.proxy.clone(), self.settings.clone(), self.watch.clone());
+        tokio::spawn(async move { server::serve_connection(theirs, proxy, &settings, watch).await });
+        ours
+    }
+
+    /// Begins the drain, as SIGTERM does.
+    pub fn drain(&self) {
+        self.drain.begin();
+    }
+
+    /// A chat request on a connection of its own, answered in full.
+    pub async fn chat(&self) -> Answer {
+        self.send(chat(CHAT)).await
+    }
+
+    /// The same as a stream.
+    pub async fn stream(&self) -> Answer {
+        self.send(chat(STREAM)).await
+    }
+
+    /// Any request on a connection of its own, answered in full.
+    pub async fn send(&self, request: Request<Full<Bytes>>) -> Answer {
+        collect(self.begin(request).await).await
+    }
+
+    /// Any request on a connection of its own, until its answer begins.
+    pub async fn begin(&self, request: Request<Full<Bytes>>) -> Response<Incoming> {
+        let (mut sender, connection) = http1::handshake(TokioIo::new(self.connect())).await.expect("weir speaks HTTP");
+        tokio::spawn(connection);
+        sender.send_request(request).await.expect("weir answers everything")
+    }
+
+    /// As [`World::send`], in a task: aborting it is hanging up.
+    pub fn spawn(&self, request: Request<Full<Bytes>>) -> JoinHandle<Answer> {
+        let world = self.clone();
+        tokio::spawn(async move {
+            let (mut sender, connection) =
+                http1::handshake(TokioIo::new(world.connect())).await.expect("weir speaks HTTP");
+            // In this task: the connection ends with it.
+            let exchange =
+                async { collect(sender.send_request(request).await.expect("weir answers everything")).await };
+            tokio::pin!(exchange);
+            tokio::select! {
+                biased;
+                answer = &mut exchange => answer,
+                _ = connection => panic!("the connection ended before the answer"),
+            }
+        })
+    }
+
+    /// A client that speaks HTTP/2.
+    pub async fn http2(&self) -> http2::SendRequest<Full<Bytes>> {
+        let io = TokioIo::new(self.connect());
+        let (sender, connection) = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .handshake(io)
+            .await
+            .expect("weir speaks HTTP/2");
+        tokio::spawn(connection);
+        sender
+    }
+
+    /// The value of a series on /metrics; 0 where there is none.
+    pub fn metric(&self, series: &str) -> f64 {
+        let text = self.proxy.metrics().encode(&self.proxy.gauges());
+        let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok());
+        line.unwrap_or(0.0)
+    }
+
+    /// Requests to the model that ended so.
+    pub fn requests(&self, outcome: &str) -> f64 {
+        self.metric(&format!(r#"weir_requests_total{{model="gpt-4.1-mini",client="-",outcome="{outcome}"}}"#))
+    }
+
+    /// Attempts for the model that ended so.
+    pub fn attempts(&self, result: &str) -> f64 {
+        self.metric(&format!(r#"weir_upstream_attempts_total{{model="gpt-4.1-mini",result="{result}"}}"#))
+    }
+
+    /// Requests for the model that hold a slot, and that wait.
+    pub fn in_flight_and_waiting(&self) -> (f64, f64) {
+        let gauge = |name| self.metric(&format!(r#"{name}{{model="gpt-4.1-mini"}}"#));
+        (gauge("weir_in_flight"), gauge("weir_waiting"))
+    }
+
+    /// Waits, without time passing, until everything that is ready to run has run.
+    pub async fn settle(&self) {
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Nothing is held by anyone any more.
+    #[track_caller]
+    pub fn assert_nothing_held(&self) {
+        let gauges = self.proxy.gauges();
+        for model in &gauges.models {
+            assert_eq!((model.in_flight, model.waiting), (0, 0), "of model {}", model.model);
+        }
+        assert_eq!(gauges.buffered_bytes, 0, "bytes of request bodies");
+        assert_eq!(gauges.connections_active, 0, "connections to the gateway");
+    }
+
+    /// Milliseconds since the world began.
+    pub fn elapsed(&self) -> u64 {
+        millis(self.start.elapsed())
+    }
+
+    /// When each request reached the gateway, in milliseconds.
+    pub fn times(&self) -> Vec<u64> {
+        self.gateway.seen().iter().map(|seen| millis(seen.at - self.start)).collect()
+    }
+}
+
+fn millis(time: Duration) -> u64 {
+    time.as_millis().try_into().expect("a test takes less than an eternity")
+}
+
+/// A chat request with this body.
+pub fn chat(body: &str) -> Request<Full<Bytes>> {
+    request(Method::POST, "/v1/chat/completions", body)
+}
+
+/// Any request, with a Host and JSON as its type.
+pub fn request(method: Method, target: &str, body: &str) -> Request<Full<Bytes>> {
+    let request = Request::builder().method(method).uri(target).header("host", "weir.test");
+    request.header("content-type", "application/json").body(Full::from(body.to_owned())).expect("a request")
+}
+
+/// The request with one more header.
+pub fn with(mut request: Request<Full<Bytes>>, name: &'static str, value: &str) -> Request<Full<Bytes>> {
+    request.headers_mut().append(name, value.parse().expect("a value"));
+    request
+}
+
+/// Reads an answer to its end.
+pub async fn collect(response: Response<Incoming>) -> Answer {
+    let (head, mut body) = response.into_parts();
+    let mut answer = Answer { status: head.status, headers: head.headers, body: Vec::new(), broken: false };
+    while let Some(frame) = body.frame().await {
+        match frame.map(http_body::Frame::into_data) {
+            Ok(Ok(data)) => answer.body.extend_from_slice(&data),
+            Ok(Err(_trailers)) => {}
+            Err(_) => answer.broken = true,
+        }
+    }
+    answer
+}
