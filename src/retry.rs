@@ -61,8 +61,8 @@ pub enum Verdict {
     Final,
     /// It was a passing fault, but enough has been tried.
     GiveUp,
-    /// Try again. `hinted` says that the gateway named the delay.
-    Again { delay: Duration, hinted: bool },
+    /// Try again after this delay.
+    Again { delay: Duration },
 }
 
 /// The statuses of passing faults. 408, 409 and 429 are the SDKs' too; 520 to 524 are a CDN's word for a gateway that does
@@ -113,7 +113,7 @@ impl Policy {
             return Verdict::Final;
         }
         if tries_left && !second_timeout && delay < patience && self.budget.withdraw() {
-            Verdict::Again { delay, hinted: hint.is_some() }
+            Verdict::Again { delay }
         } else {
             Verdict::GiveUp
         }
@@ -131,8 +131,7 @@ impl Policy {
 fn may_help(ending: Ending, tries: Tries) -> bool {
     match ending {
         Ending::Answer { hopeless: true, .. } => false,
-        Ending::Answer { should_retry: Some(word), .. } => word,
-        Ending::Answer { status, .. } => is_passing(status),
+        Ending::Answer { status, should_retry, .. } => is_worth_holding(status, should_retry),
         // The gateway may have done it already, and does not say.
         Ending::Broken | Ending::TimedOut => tries.repeatable,
         Ending::ErrorEvent | Ending::ConnectFailed => true,
@@ -141,7 +140,10 @@ fn may_help(ending: Ending, tries: Tries) -> bool {
 
 /// Whether an answer may turn out to be a passing fault, so that its body is to be read before it is passed on.
 pub fn is_worth_holding(status: StatusCode, should_retry: Option<bool>) -> bool {
-    should_retry.unwrap_or_else(|| is_passing(status))
+    match should_retry {
+        Some(word) => word && (status.is_client_error() || status.is_server_error()),
+        None => is_passing(status),
+    }
 }
 
 /// The label of an attempt that was answered with this status.
@@ -213,7 +215,7 @@ mod tests {
             hint: Some(Duration::from_millis(millis)),
         };
         let delay = Duration::from_millis(20);
-        assert_eq!(judge(hinted(20), FRESH), Verdict::Again { delay, hinted: true });
+        assert_eq!(judge(hinted(20), FRESH), Verdict::Again { delay });
         assert_eq!(judge_with(hinted(2000), FRESH, Duration::from_secs(1)), Verdict::GiveUp);
     }
 
@@ -233,6 +235,7 @@ mod tests {
         let told = |status, word| Ending::Answer { status, hopeless: false, should_retry: Some(word), hint: None };
         assert_eq!(judge(told(StatusCode::SERVICE_UNAVAILABLE, false), FRESH), Verdict::Final);
         assert!(is_retried(told(StatusCode::BAD_REQUEST, true), FRESH));
+        assert_eq!(judge(told(StatusCode::OK, true), FRESH), Verdict::Final);
     }
 
     #[test]

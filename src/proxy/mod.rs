@@ -208,7 +208,7 @@ impl Proxy {
                     return tried.outcome;
                 }
                 Verdict::GiveUp => return given_up(tried.outcome),
-                Verdict::Again { delay, .. } => delay,
+                Verdict::Again { delay } => delay,
             };
             ledger.attempt_ends(tried.result);
             ledger.retries(tried.result);
@@ -414,18 +414,10 @@ impl Proxy {
     fn respond(&self, answer: Answer, endpoint: Option<Endpoint>, mut ledger: Ledger) -> Response<ResponseBody> {
         let Answer { mut head, opening, rest, permit, patience } = answer;
         ledger.answer_begins();
-        let fields = self.own_fields(&ledger);
+        fields::to_client(&mut head);
+        add_own_fields(&mut head.headers, &ledger);
         let endpoint = endpoint.filter(|_| head.status.is_success());
         let relay = Relay::new(&head, opening, rest, permit, ledger, endpoint, patience);
-        fields::to_client(&mut head);
-        for (name, value) in fields {
-            let name = name.expect("own fields have one value each");
-            if name == headers::SERVER_TIMING {
-                head.headers.append(name, value);
-            } else {
-                head.headers.entry(name).or_insert(value);
-            }
-        }
         Response::from_parts(head, ResponseBody::Relay(Box::new(relay)))
     }
 
@@ -447,23 +439,9 @@ impl Proxy {
         };
         ledger.attempt_ends(attempt_result(failure.cause));
         let mut response = failure.response(endpoint).map(|body| ResponseBody::Own(Some(body)));
-        response.headers_mut().extend(self.own_fields(&ledger));
+        add_own_fields(response.headers_mut(), &ledger);
         ledger.close(outcome);
         response
-    }
-
-    /// Where the time went, and how many attempts it took.
-    fn own_fields(&self, ledger: &Ledger) -> HeaderMap {
-        let elapsed = ledger.arrived().elapsed();
-        let millis = |duration: Duration| duration.as_secs_f64() * 1000.0;
-        let timing =
-            format!("queue;dur={:.1}, upstream;dur={:.1}", millis(ledger.queued()), millis(ledger.upstream_time()));
-        let mut fields = HeaderMap::with_capacity(4);
-        fields
-            .insert(headers::RESPONSE_TIME, HeaderValue::from(u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX)));
-        fields.insert(headers::SERVER_TIMING, HeaderValue::from_str(&timing).expect("digits and letters"));
-        fields.insert(headers::WEIR_ATTEMPTS, HeaderValue::from(ledger.attempts()));
-        fields
     }
 
     /// Gives the answer the gateway's request id, else the client's, else one of weir's.
@@ -548,6 +526,17 @@ impl Answer {
             }
         }
     }
+}
+
+/// Where the time went, and how many attempts it took.
+fn add_own_fields(fields: &mut HeaderMap, ledger: &Ledger) {
+    let millis = |duration: Duration| duration.as_secs_f64() * 1000.0;
+    let timing =
+        format!("queue;dur={:.1}, upstream;dur={:.1}", millis(ledger.queued()), millis(ledger.upstream_time()));
+    let elapsed = u64::try_from(ledger.arrived().elapsed().as_millis()).unwrap_or(u64::MAX);
+    fields.entry(headers::RESPONSE_TIME).or_insert_with(|| HeaderValue::from(elapsed));
+    fields.append(headers::SERVER_TIMING, HeaderValue::from_str(&timing).expect("digits and letters"));
+    fields.insert(headers::WEIR_ATTEMPTS, HeaderValue::from(ledger.attempts()));
 }
 
 /// weir has tried often enough: the SDK that gets this must not begin anew.
