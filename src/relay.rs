@@ -44,7 +44,9 @@ pub struct Opening {
 pub enum FirstEvent {
     Output,
     Error,
-    /// None yet, or none at all.
+    /// None by the time given.
+    Late,
+    /// None at all, or too long to be read.
     Unknown,
     /// The connection broke before there was one.
     Broken(hyper::Error),
@@ -65,7 +67,7 @@ impl Opening {
         let mut scanner = Scanner::default();
         let mut first = None;
         while first.is_none() && self.bytes < MAX_HELD {
-            let Ok(next) = tokio::time::timeout_at(until, body.data()).await else { break };
+            let Ok(next) = tokio::time::timeout_at(until, body.data()).await else { return FirstEvent::Late };
             match next {
                 Some(Ok(chunk)) => {
                     scanner.feed(&chunk, |event| {

@@ -1,6 +1,6 @@
 //! The configuration: a file in, a checked [`Config`] out, or every complaint at once.
 //!
-//! Two stages. What the file says is read by [`reader`], key by key; what comes out here is resolved (secrets looked up,
+//! Two stages. What the file says is read by `reader`, key by key; what comes out here is resolved (secrets looked up,
 //! addresses parsed, shares taken) and can be trusted by everything else. An empty file is a whole configuration.
 
 mod effective;

@@ -23,6 +23,10 @@ const MEMORY_RETRY_AFTER: Duration = Duration::from_secs(1);
 /// No more than this is set aside for a body on the strength of its declared length.
 const MAX_TRUSTED_LENGTH: u64 = 1 << 20;
 
+/// How much of a body is read for an answer that is known before, and for how long.
+const MAX_DISCARDED: usize = 4 << 20;
+const MAX_DISCARD_TIME: Duration = Duration::from_secs(2);
+
 /// The limits of reading a body.
 #[derive(Debug, Clone, Copy)]
 pub struct ReadLimits {
@@ -68,6 +72,22 @@ pub async fn read(body: &mut Incoming, limits: ReadLimits, held: &mut HeldBytes)
         }
     }
     Ok(Read::Whole(bytes.into()))
+}
+
+/// Reads what is left of an HTTP/2 request's body and drops it, within reason. An answer to a request that was not read to
+/// its end comes with a reset, which is right by RFC 9113 (8.1) but makes some clients (curl 7.88) lose the answer.
+pub async fn discard(body: &mut Incoming) {
+    let discarding = async {
+        let mut discarded = 0;
+        while discarded < MAX_DISCARDED {
+            match body.frame().await {
+                Some(Ok(frame)) => discarded += frame.data_ref().map_or(0, Bytes::len),
+                Some(Err(_)) | None => return,
+            }
+        }
+    };
+    // Slower than that, the client is better off with the reset.
+    let _ = tokio::time::timeout(MAX_DISCARD_TIME, discarding).await;
 }
 
 /// A metered call's body is longer than allowed.

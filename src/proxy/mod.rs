@@ -1,6 +1,6 @@
 //! The story of one request, from its head to the moment its answer begins.
 //!
-//! [`Proxy::story`] tells it top to bottom: read the call, then wait for a permit, make an attempt, judge it, and again if
+//! `Proxy::story` tells it top to bottom: read the call, then wait for a permit, make an attempt, judge it, and again if
 //! that helps. The answer's way back is [`relay`]'s. There is no `tokio::spawn` on the way: when the client goes away, hyper
 //! drops the future, and with it the place in the queue, the permit and the connection to the gateway.
 
@@ -17,7 +17,7 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use http::header::HeaderMap;
-use http::{HeaderValue, Method, Request, Response, StatusCode, request, response};
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, request, response};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Instant;
@@ -178,17 +178,28 @@ impl Proxy {
     pub async fn serve(&self, request: Request<Incoming>) -> Response<ResponseBody> {
         let mut ledger = Ledger::open(self.shared.metrics.clone(), Instant::now());
         let (head, body) = request.into_parts();
+        let (version, mut body) = (head.version, Some(body));
         let request_id = head.headers.get(headers::REQUEST_ID).cloned();
         let endpoint = route::route(head.uri.path()).and_then(|route| route.endpoint);
-        let response = match self.story(head, body, &mut ledger).await {
+        let response = match self.story(head, &mut body, &mut ledger).await {
             Ok(answer) => self.respond(answer, endpoint, ledger),
-            Err(failure) => self.fail(&failure, endpoint, ledger),
+            Err(failure) => {
+                if let (Some(unread), Version::HTTP_2) = (&mut body, version) {
+                    body::discard(unread).await;
+                }
+                self.fail(&failure, endpoint, ledger)
+            }
         };
         self.name(response, request_id)
     }
 
-    /// The story of one request.
-    async fn story(&self, head: request::Parts, body: Incoming, ledger: &mut Ledger) -> Result<Answer, Failure> {
+    /// The story of one request. What it does not read of the body stays in `body`.
+    async fn story(
+        &self,
+        head: request::Parts,
+        body: &mut Option<Incoming>,
+        ledger: &mut Ledger,
+    ) -> Result<Answer, Failure> {
         fields::check(&head, &self.shared.via)?;
         let mut call = self.read(head, body, ledger).await?;
         let applicant = self.applicant(&call, ledger.arrived());
@@ -222,7 +233,12 @@ impl Proxy {
     }
 
     /// Reads what the request asks for, and its body unless that streams through.
-    async fn read(&self, mut head: request::Parts, mut body: Incoming, ledger: &mut Ledger) -> Result<Call, Failure> {
+    async fn read(
+        &self,
+        mut head: request::Parts,
+        body: &mut Option<Incoming>,
+        ledger: &mut Ledger,
+    ) -> Result<Call, Failure> {
         let config = &self.shared.config;
         let uri = head.uri.clone();
         let route = route::route(uri.path()).ok_or_else(|| unknown_path(&head))?;
@@ -237,12 +253,14 @@ impl Proxy {
             deadline: ledger.arrived() + config.timeouts.deadline,
         };
         let begun_reading = Instant::now();
-        let body = match body::read(&mut body, limits, &mut held).await? {
+        let incoming = body.as_mut().expect("a body is read once");
+        let body = match body::read(incoming, limits, &mut held).await? {
             Read::Whole(bytes) => CallBody::Whole(bytes),
             Read::Longer(_) if endpoint.is_some() => return Err(body::too_large(limits.max)),
             Read::Longer(begun) => {
                 let fault = UploadFault::default();
-                let upload = Upload::new(body, config.server.body_timeout, fault.clone());
+                let rest = body.take().expect("a body is read once");
+                let upload = Upload::new(rest, config.server.body_timeout, fault.clone());
                 CallBody::Upload(Some(Streamed::new(begun, upload)), fault)
             }
         };
@@ -375,7 +393,7 @@ impl Proxy {
         let result = retry::result_of(status);
         let can_be_repeated = matches!(call.body, CallBody::Whole(_));
         if status.is_success() && can_be_repeated && relay::is_event_stream(&answer.head) {
-            return answer.hold_first_event(until).await;
+            return answer.hold_first_event(until, limit).await;
         }
         let mut hopeless = !can_be_repeated;
         if can_be_repeated && retry::is_worth_holding(status, headers::should_retry(&answer.head.headers)) {
@@ -505,13 +523,14 @@ impl Answer {
     }
 
     /// Holds a stream back until its first event, which may be an error.
-    async fn hold_first_event(mut self, until: Instant) -> Tried {
+    async fn hold_first_event(mut self, until: Instant, limit: Limit) -> Tried {
         let first = match &mut self.rest {
             Some(rest) => self.opening.first_event(rest, until).await,
             None => FirstEvent::Unknown,
         };
         match first {
-            FirstEvent::Output | FirstEvent::Unknown => {
+            FirstEvent::Late if Instant::now() >= limit.at => limit.exceeded(),
+            FirstEvent::Output | FirstEvent::Late | FirstEvent::Unknown => {
                 Tried { ending: self.ending(false), result: AttemptResult::Ok, outcome: Ok(self) }
             }
             FirstEvent::Error => {
