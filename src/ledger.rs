@@ -76,7 +76,7 @@ impl Ledger {
         self.model.queue_wait(waited);
     }
 
-    /// Time that was neither weir's nor spent waiting: reading the client's body.
+    /// Time that was neither weir's nor the queue's: reading the client's body, sleeping before a retry.
     pub fn spent_elsewhere(&mut self, spent: Duration) {
         self.elsewhere += spent;
     }
@@ -84,11 +84,6 @@ impl Ledger {
     /// Time that the gateway took so far, all attempts together.
     pub fn upstream_time(&self) -> Duration {
         self.upstream + self.attempt_elapsed()
-    }
-
-    /// weir slept between two attempts.
-    pub fn slept(&mut self, slept: Duration) {
-        self.elsewhere += slept;
     }
 
     /// An attempt is being sent.

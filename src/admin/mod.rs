@@ -13,17 +13,19 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
 use crate::proxy::Proxy;
+use crate::server::edge::{Activity, Edge, EdgeLimits};
 
 /// Scrapers and probes at once; a further one waits.
 const MAX_CONNECTIONS: usize = 64;
 
-/// From a connection's last answer, or its start, to the next request's head.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(30);
+/// A scraper or probe that is slower than this is cut off, so that none of them can keep the others out.
+const LIMITS: EdgeLimits =
+    EdgeLimits { header: Duration::from_secs(10), keep_alive: Duration::from_secs(75), write: Duration::from_secs(10) };
 
 /// What the operators' listener tells of.
 pub struct Admin {
@@ -62,13 +64,15 @@ impl Admin {
     }
 
     async fn serve_connection(self: Arc<Self>, stream: TcpStream) {
+        let activity = Arc::new(Activity::default());
+        let io = TokioIo::new(Edge::new(stream, activity.clone(), LIMITS));
         let service = service_fn(|request: Request<Incoming>| {
+            let _active = activity.begin(false);
             let response = self.answer(request.method(), request.uri().path());
             async move { Ok::<_, Infallible>(response) }
         });
-        let mut http = http1::Builder::new();
-        http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
-        if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
+        // The edge's deadlines are the ones in force.
+        if let Err(error) = http1::Builder::new().header_read_timeout(None).serve_connection(io, service).await {
             tracing::debug!(%error, "an operator's connection ended early");
         }
     }

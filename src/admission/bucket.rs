@@ -61,6 +61,12 @@ impl Bucket {
         self.limiter.check().is_ok()
     }
 
+    /// Takes a cell that may not be there yet: whoever comes next waits for it.
+    pub fn take_as_debt(&self, now: Instant) {
+        let now = self.nanos(now);
+        self.tat.update(|tat| tat.max(now).saturating_add(self.interval_nanos()));
+    }
+
     /// Puts a cell back that bought nothing. A full bucket stays full.
     pub fn give_back(&self) {
         self.tat.update(|tat| tat.saturating_sub(self.interval_nanos()));
@@ -201,6 +207,14 @@ mod tests {
         bucket.give_back();
         assert_eq!(bucket.remaining(later), 1);
         assert!(bucket.try_take(later, later) && !bucket.try_take(later, later));
+    }
+
+    #[test]
+    fn a_debt_is_waited_for_by_whoever_comes_next() {
+        let (bucket, start) = bucket("10/s", 1);
+        assert!(bucket.try_take(start, start));
+        bucket.take_as_debt(start);
+        assert_eq!(bucket.available_at(1, start), start + Duration::from_millis(200));
     }
 
     #[test]

@@ -30,6 +30,9 @@ impl fmt::Display for Scope {
     }
 }
 
+/// How far apart those who are refused together are told to return.
+const MAX_SPREAD: Duration = Duration::from_secs(30);
+
 /// A limit's place in the queue's list of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LimitId(pub(super) usize);
@@ -106,13 +109,15 @@ impl Limit {
     }
 
     /// When the next one who is refused should come back, if not before `earliest`: each a step later than the last, so
-    /// that they do not return as one herd.
+    /// that they do not return as one herd. Those who come back all the same, or never, must not push the others' return
+    /// away without end: the spread is [`MAX_SPREAD`] at most.
     pub fn promise(&mut self, earliest: Instant) -> Instant {
         let step = match &self.measure {
             Measure::Requests(bucket) => bucket.rate().interval(),
             Measure::Concurrency(slots) => slots.turnover(),
         };
-        let at = self.promised.map_or(earliest, |last| earliest.max(last + step.max(Duration::from_millis(1))));
+        let after_the_last = self.promised.map(|last| last + step.max(Duration::from_millis(1)));
+        let at = after_the_last.map_or(earliest, |after| after.clamp(earliest, earliest + MAX_SPREAD));
         self.promised = Some(at);
         at
     }

@@ -67,9 +67,13 @@ pub struct Gate {
 }
 
 /// The right to send one request to the gateway. Dropping it gives back its slots.
+///
+/// Dropped before [`Permit::spend`], it gives back the request's cells too.
 pub struct Permit {
     gate: Arc<Gate>,
-    grant: Option<Grant>,
+    grant: Grant,
+    /// The gateway may have seen the request.
+    spent: bool,
 }
 
 impl Gate {
@@ -230,7 +234,7 @@ impl Gate {
 
     fn permit(&self, grant: Grant) -> Permit {
         let gate = self.me.upgrade().expect("a gate that is asked is alive");
-        Permit { gate, grant: Some(grant) }
+        Permit { gate, grant, spent: false }
     }
 
     fn lock(&self) -> MutexGuard<'_, Queue<oneshot::Sender<Permit>>> {
@@ -246,27 +250,29 @@ impl Drop for Gate {
 }
 
 impl Permit {
-    /// Gives the permit back unused: nothing was written to the gateway, so it costs no request either.
-    pub fn unsent(mut self) {
-        self.give_back(true);
+    /// The request is about to be written: from here on it counts against the quota. Written once more (a pooled
+    /// connection turned out to be closed), it counts again, as debt: the next in line waits for it.
+    pub fn spend(&mut self) {
+        if std::mem::replace(&mut self.spent, true) {
+            self.gate.change(|queue, now| queue.charge_again(&self.grant, now));
+        }
     }
 
-    fn give_back(&mut self, unsent: bool) {
-        if let Some(grant) = self.grant.take() {
-            self.gate.change(|queue, now| queue.release(&grant, unsent, now));
-        }
+    /// After all, nothing was written.
+    pub fn was_not_written(&mut self) {
+        self.spent = false;
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.give_back(false);
+        self.gate.change(|queue, now| queue.release(&self.grant, !self.spent, now));
     }
 }
 
 impl std::fmt::Debug for Permit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Permit").field("grant", &self.grant).finish_non_exhaustive()
+        f.debug_struct("Permit").field("grant", &self.grant).field("spent", &self.spent).finish_non_exhaustive()
     }
 }
 

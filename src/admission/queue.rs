@@ -248,6 +248,16 @@ impl<W> Queue<W> {
         }
     }
 
+    /// Charges the buckets on the way once more, whether they have room or not.
+    pub fn charge_again(&mut self, grant: &Grant, now: Instant) {
+        for id in self.flows[grant.flow.0].path.clone() {
+            if let Measure::Requests(bucket) = &self.limits[id.0].measure {
+                bucket.take_as_debt(now);
+                self.set_timer(id, now);
+            }
+        }
+    }
+
     /// Refuses everyone from now on, and hands out all who wait.
     pub fn close(&mut self, now: Instant) -> Vec<W> {
         self.closed = true;

@@ -180,7 +180,8 @@ impl Proxy {
         let (head, body) = request.into_parts();
         let (version, mut body) = (head.version, Some(body));
         let request_id = head.headers.get(headers::REQUEST_ID).cloned();
-        let endpoint = route::route(head.uri.path()).and_then(|route| route.endpoint);
+        let metered = route::route(head.uri.path()).filter(|_| head.method == Method::POST);
+        let endpoint = metered.and_then(|route| route.endpoint);
         let response = match self.story(head, &mut body, &mut ledger).await {
             Ok(answer) => self.respond(answer, endpoint, ledger),
             Err(failure) => {
@@ -206,14 +207,20 @@ impl Proxy {
         let mut tries =
             Tries { retries: 0, by_client: call.by_client, timed_out: false, repeatable: call.is_repeatable() };
         let mut last: Option<Result<Answer, Failure>> = None;
-        self.shared.policy.first_attempt();
         loop {
             let permit = match self.admit(&applicant, last.is_some(), ledger).await {
                 Ok(permit) => permit,
                 Err(refusal) => return last.map_or(Err(refusal), given_up),
             };
+            if last.is_none() {
+                self.shared.policy.first_attempt();
+            }
             let tried = self.attempt(&mut call, permit, ledger).await;
-            let delay = match self.judge(&tried, tries, &call, ledger) {
+            let verdict = self.judge(&tried, tries, &call, ledger);
+            if tried.outcome.is_err() || verdict != Verdict::Final {
+                ledger.attempt_ends(tried.result);
+            }
+            let delay = match verdict {
                 Verdict::Final => {
                     self.learn_model(&tried, &call, ledger);
                     return tried.outcome;
@@ -221,14 +228,14 @@ impl Proxy {
                 Verdict::GiveUp => return given_up(tried.outcome),
                 Verdict::Again { delay } => delay,
             };
-            ledger.attempt_ends(tried.result);
             ledger.retries(tried.result);
             tries.retries += 1;
             tries.timed_out |= tried.ending == Ending::TimedOut;
             // Kept in case no further attempt is let through; the slot is not kept.
             last = Some(tried.outcome.map(Answer::without_permit));
+            let asleep = Instant::now();
             tokio::time::sleep(delay).await;
-            ledger.slept(delay);
+            ledger.spent_elsewhere(asleep.elapsed());
         }
     }
 
@@ -305,7 +312,7 @@ impl Proxy {
     fn applicant(&self, call: &Call, arrived: Instant) -> Applicant {
         let config = &self.shared.config;
         let mut max_wait = config.queue.max_wait.min(call.patience.unwrap_or(Duration::MAX));
-        if matches!(call.body, CallBody::Upload(..)) {
+        if !call.body.is_whole() {
             max_wait = max_wait.min(MAX_UPLOAD_WAIT);
         }
         Applicant {
@@ -325,20 +332,13 @@ impl Proxy {
     }
 
     /// One attempt, until it is clear whether it brought an answer.
-    async fn attempt(&self, call: &mut Call, permit: Permit, ledger: &mut Ledger) -> Tried {
+    async fn attempt(&self, call: &mut Call, mut permit: Permit, ledger: &mut Ledger) -> Tried {
         ledger.attempt_begins();
         let limit = self.attempt_limit(call, ledger.arrived());
-        let payload = match &mut call.body {
-            CallBody::Whole(bytes) => Payload::Whole(bytes.clone()),
-            CallBody::Upload(upload, _) => match upload.take() {
-                Some(upload) => Payload::Streamed(upload),
-                None => unreachable!("a body that streams through is sent once"),
-            },
-        };
-        let sending = self.upstream.send(&call.outgoing, payload, call.is_repeatable());
-        let exchange = match tokio::time::timeout_at(limit.at, sending).await {
+        let exchanging = self.exchange(call, &mut permit, ledger);
+        let exchange = match tokio::time::timeout_at(limit.at, exchanging).await {
             Ok(Ok(exchange)) => exchange,
-            Ok(Err(error)) => return self.unanswered(&error, call, permit),
+            Ok(Err(error)) => return unanswered(&error, call),
             Err(_) => return limit.exceeded(),
         };
         if exchange.head.status == StatusCode::SWITCHING_PROTOCOLS {
@@ -347,6 +347,32 @@ impl Proxy {
             return Tried { ending: Ending::Broken, result: AttemptResult::Reset, outcome: Err(failure) };
         }
         self.open(exchange, call, permit, limit).await
+    }
+
+    /// Sends the request and waits for the head of its answer.
+    ///
+    /// A pooled connection may have been closed by the gateway in the very moment in which it was taken. What was not
+    /// written then goes over another one; what was is sent once more, over a new one, if that does no harm. It costs no
+    /// retry, but counts as an attempt, and against the quota.
+    async fn exchange(&self, call: &mut Call, permit: &mut Permit, ledger: &mut Ledger) -> Result<Exchange, SendError> {
+        let repeatable = call.is_repeatable();
+        let (mut payload, mut fresh) = (call.body.payload(), false);
+        loop {
+            let connection = self.upstream.connection(repeatable, fresh).await?;
+            permit.spend();
+            match self.upstream.send(connection, &call.outgoing, payload).await {
+                Err(SendError::Unsent(unsent)) => {
+                    permit.was_not_written();
+                    payload = unsent;
+                }
+                Err(SendError::Stale(_)) if repeatable && call.body.is_whole() => {
+                    ledger.attempt_ends(AttemptResult::Reset);
+                    ledger.attempt_begins();
+                    (payload, fresh) = (call.body.payload(), true);
+                }
+                ended => return ended,
+            }
+        }
     }
 
     /// How long an attempt may take to bring the beginning of an answer.
@@ -361,25 +387,6 @@ impl Proxy {
         if deadline.at < own.at { deadline } else { own }
     }
 
-    /// There was no answer. What was never written costs no request of the quota.
-    fn unanswered(&self, error: &SendError, call: &Call, permit: Permit) -> Tried {
-        if let CallBody::Upload(_, fault) = &call.body
-            && let Some(fault) = fault.get()
-        {
-            return Tried { ending: Ending::Broken, result: AttemptResult::Cancelled, outcome: Err(fault.clone()) };
-        }
-        let (ending, result, cause) = match error {
-            SendError::Connect(_) => (Ending::ConnectFailed, AttemptResult::ConnectError, Cause::Unreachable),
-            SendError::ConnectTimeout(_) => (Ending::ConnectFailed, AttemptResult::ConnectError, Cause::ConnectTimeout),
-            SendError::Broken(_) => (Ending::Broken, AttemptResult::Reset, Cause::Disconnected),
-            SendError::InvalidResponse(_) => (Ending::Broken, AttemptResult::Reset, Cause::InvalidResponse),
-        };
-        if ending == Ending::ConnectFailed {
-            permit.unsent();
-        }
-        Tried { ending, result, outcome: Err(Failure::new(cause, format!("no answer from the gateway: {error}"))) }
-    }
-
     /// Reads as much of an answer as it takes to judge it: an error's body, a stream's first event.
     async fn open(&self, exchange: Exchange, call: &Call, permit: Permit, limit: Limit) -> Tried {
         let Exchange { head, body } = exchange;
@@ -391,7 +398,7 @@ impl Proxy {
         let until = limit.at.min(Instant::now() + MAX_HEAD_HOLD);
         let status = answer.head.status;
         let result = retry::result_of(status);
-        let can_be_repeated = matches!(call.body, CallBody::Whole(_));
+        let can_be_repeated = call.body.is_whole();
         if status.is_success() && can_be_repeated && relay::is_event_stream(&answer.head) {
             return answer.hold_first_event(until, limit).await;
         }
@@ -419,7 +426,7 @@ impl Proxy {
     }
 
     fn judge(&self, tried: &Tried, tries: Tries, call: &Call, ledger: &Ledger) -> Verdict {
-        if matches!(call.body, CallBody::Upload(..)) {
+        if !call.body.is_whole() {
             return Verdict::Final;
         }
         let deadline = self.shared.config.timeouts.deadline;
@@ -455,7 +462,6 @@ impl Proxy {
                 Outcome::Failed
             }
         };
-        ledger.attempt_ends(attempt_result(failure.cause));
         let mut response = failure.response(endpoint).map(|body| ResponseBody::Own(Some(body)));
         add_own_fields(response.headers_mut(), &ledger);
         ledger.close(outcome);
@@ -494,6 +500,22 @@ impl Call {
     /// Whether sending it twice does no harm: a metered call only costs more, an idempotent method is meant for it.
     fn is_repeatable(&self) -> bool {
         self.endpoint.is_some() || self.outgoing.method.is_idempotent()
+    }
+}
+
+impl CallBody {
+    /// What an attempt sends.
+    fn payload(&mut self) -> Payload {
+        match self {
+            Self::Whole(bytes) => Payload::Whole(bytes.clone()),
+            Self::Upload(upload, _) => {
+                Payload::Streamed(upload.take().expect("a body that streams through is sent once"))
+            }
+        }
+    }
+
+    fn is_whole(&self) -> bool {
+        matches!(self, Self::Whole(_))
     }
 }
 
@@ -558,6 +580,24 @@ fn add_own_fields(fields: &mut HeaderMap, ledger: &Ledger) {
     fields.insert(headers::WEIR_ATTEMPTS, HeaderValue::from(ledger.attempts()));
 }
 
+/// There was no answer.
+fn unanswered(error: &SendError, call: &Call) -> Tried {
+    if let CallBody::Upload(_, fault) = &call.body
+        && let Some(fault) = fault.get()
+    {
+        return Tried { ending: Ending::Broken, result: AttemptResult::Cancelled, outcome: Err(fault.clone()) };
+    }
+    let (ending, result, cause) = match error {
+        SendError::Connect(_) => (Ending::ConnectFailed, AttemptResult::ConnectError, Cause::Unreachable),
+        SendError::ConnectTimeout(_) => (Ending::ConnectFailed, AttemptResult::ConnectError, Cause::ConnectTimeout),
+        SendError::InvalidResponse(_) => (Ending::Broken, AttemptResult::Reset, Cause::InvalidResponse),
+        SendError::Unsent(_) | SendError::Stale(_) | SendError::Broken(_) => {
+            (Ending::Broken, AttemptResult::Reset, Cause::Disconnected)
+        }
+    };
+    Tried { ending, result, outcome: Err(Failure::new(cause, format!("no answer from the gateway: {error}"))) }
+}
+
 /// weir has tried often enough: the SDK that gets this must not begin anew.
 fn given_up(outcome: Result<Answer, Failure>) -> Result<Answer, Failure> {
     outcome.map(|mut answer| {
@@ -578,15 +618,6 @@ fn unknown_path(head: &request::Parts) -> Failure {
 fn duplicate_key(duplicate: &call::DuplicateKey) -> Failure {
     let message = format!("{:?} stands twice in the request's body; send it once", duplicate.0);
     Failure::new(Cause::DuplicateKey, message)
-}
-
-fn attempt_result(cause: Cause) -> AttemptResult {
-    match cause {
-        Cause::Unreachable | Cause::ConnectTimeout => AttemptResult::ConnectError,
-        Cause::FirstEventTimeout | Cause::ResponseTimeout | Cause::DeadlineExceeded => AttemptResult::Timeout,
-        Cause::Disconnected | Cause::InvalidResponse => AttemptResult::Reset,
-        _ => AttemptResult::Cancelled,
-    }
 }
 
 /// The body of every response.

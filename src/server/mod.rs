@@ -4,7 +4,7 @@
 //! connections to the gateway of its own, so that a request is served on one core from its first byte to its last
 //! (docs/benchmarks.md has the figures behind this).
 
-mod edge;
+pub(crate) mod edge;
 
 use std::convert::Infallible;
 use std::io;

@@ -23,9 +23,9 @@ use tower::{Service as _, ServiceExt as _};
 
 use crate::config::{Config, UpstreamUrl};
 use connect::{ConnectError, Connector};
-use pool::{Connection, MaxIdle, Pool};
+use pool::{MaxIdle, Pool};
 
-pub use pool::ConnectionCounts;
+pub use pool::{Connection, ConnectionCounts};
 
 /// A gateway, and the connections to it.
 ///
@@ -46,6 +46,7 @@ pub struct Outgoing {
 }
 
 /// A request's body.
+#[derive(Debug)]
 pub enum Payload {
     /// In memory: it can be sent again.
     Whole(Bytes),
@@ -75,6 +76,10 @@ pub enum SendError {
     Connect(ConnectError),
     /// No connection within `timeouts.connect`; nothing was written.
     ConnectTimeout(Duration),
+    /// The pooled connection was closed before anything was written; here is the body back.
+    Unsent(Payload),
+    /// The pooled connection broke before the first byte of an answer: the gateway had most likely closed it already.
+    Stale(hyper::Error),
     /// The connection broke before an answer.
     Broken(hyper::Error),
     /// What came is not HTTP.
@@ -92,37 +97,40 @@ impl Upstream {
         }
     }
 
-    /// Sends a request and waits for the head of its answer. There is no time limit here but that of connecting.
+    /// A connection that is ready for a request: from the pool, unless `fresh`, else a new one.
     ///
-    /// A pooled connection may have been closed by the gateway just as it was taken. What hyper did not begin to write is
-    /// sent over another one; what it did is sent once more, over a new one, if `repeatable`.
+    /// `repeatable` says that the request can be sent again: then a connection will do that the gateway may be about to
+    /// close.
     ///
     /// # Errors
-    /// Why no answer came. Dropping the future closes the connection.
-    pub async fn send(&self, outgoing: &Outgoing, payload: Payload, repeatable: bool) -> Result<Exchange, SendError> {
-        let whole = match &payload {
-            Payload::Whole(bytes) => Some(bytes.clone()),
-            Payload::Streamed(_) => None,
-        };
-        let mut request = outgoing.request(payload);
-        let max_idle = if repeatable && whole.is_some() { MaxIdle::Repeatable } else { MaxIdle::Once };
-        while let Some(mut connection) = self.pool.take(max_idle) {
-            match connection.sender.try_send_request(request).await {
-                Ok(response) => return Ok(self.exchange(response, connection)),
-                Err(mut error) => match (error.take_message(), &whole) {
-                    (Some(unsent), _) => request = unsent,
-                    (None, Some(bytes)) if repeatable && is_stale(error.error()) => {
-                        request = outgoing.request(Payload::Whole(bytes.clone()));
-                        break;
-                    }
-                    (None, _) => return Err(SendError::from_hyper(error.into_error())),
-                },
-            }
+    /// No connection could be made, or not within `timeouts.connect`.
+    pub async fn connection(&self, repeatable: bool, fresh: bool) -> Result<Connection, SendError> {
+        let max_idle = if repeatable { MaxIdle::Repeatable } else { MaxIdle::Once };
+        let pooled = if fresh { None } else { self.pool.take(max_idle) };
+        match pooled {
+            Some(pooled) => Ok(pooled),
+            None => self.connect().await,
         }
-        let mut connection = self.connect().await?;
-        match connection.sender.try_send_request(request).await {
+    }
+
+    /// Sends a request and waits for the head of its answer. There is no time limit here. Dropping the future closes the
+    /// connection.
+    ///
+    /// # Errors
+    /// Why no answer came.
+    pub async fn send(
+        &self,
+        mut connection: Connection,
+        outgoing: &Outgoing,
+        payload: Payload,
+    ) -> Result<Exchange, SendError> {
+        match connection.sender.try_send_request(outgoing.request(payload)).await {
             Ok(response) => Ok(self.exchange(response, connection)),
-            Err(error) => Err(SendError::from_hyper(error.into_error())),
+            Err(mut error) => Err(match error.take_message() {
+                Some(unsent) => SendError::Unsent(unsent.into_body()),
+                None if connection.reused && is_stale(error.error()) => SendError::Stale(error.into_error()),
+                None => SendError::from_hyper(error.into_error()),
+            }),
         }
     }
 
@@ -242,7 +250,8 @@ impl fmt::Display for SendError {
         match self {
             Self::Connect(error) => write!(f, "{error}"),
             Self::ConnectTimeout(after) => write!(f, "no connection within {} ms", after.as_millis()),
-            Self::Broken(error) | Self::InvalidResponse(error) => {
+            Self::Unsent(_) => f.write_str("the connection was closed before anything was written"),
+            Self::Stale(error) | Self::Broken(error) | Self::InvalidResponse(error) => {
                 write!(f, "{error}")?;
                 let mut cause = error.source();
                 while let Some(error) = cause {
@@ -306,6 +315,12 @@ impl Body for Payload {
                 }
             }
         }
+    }
+}
+
+impl fmt::Debug for Streamed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Streamed").field("begun", &self.begun.as_ref().map_or(0, Bytes::len)).finish_non_exhaustive()
     }
 }
 

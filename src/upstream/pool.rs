@@ -37,6 +37,8 @@ pub enum MaxIdle {
 #[derive(Debug)]
 pub struct Connection {
     pub sender: SendRequest<Payload>,
+    /// It has carried a request before.
+    pub reused: bool,
     retires: Instant,
 }
 
@@ -102,11 +104,12 @@ impl Pool {
             counts.open.fetch_sub(1, Ordering::Relaxed);
         });
         let age = MAX_AGE - MAX_AGE.mul_f64(rand::rng().random_range(0.0..0.2));
-        Connection { sender, retires: Instant::now() + age }
+        Connection { sender, reused: false, retires: Instant::now() + age }
     }
 
     /// Takes a connection back whose answer was read to its end.
     pub fn give_back(&self, connection: Connection) {
+        let connection = Connection { reused: true, ..connection };
         let now = Instant::now();
         if connection.sender.is_closed() || now >= connection.retires {
             return;

@@ -166,11 +166,45 @@ async fn a_connection_that_went_stale_in_the_pool_costs_no_retry() {
     let world = World::new("", script);
     assert_eq!(world.chat().await.status, 200);
     let answer = world.chat().await;
-    assert_eq!((answer.status.as_u16(), answer.header("x-weir-attempts")), (200, "1"));
+    assert_eq!((answer.status.as_u16(), answer.header("x-weir-attempts")), (200, "2"));
+    assert_eq!(world.metric(r#"weir_retries_total{model="gpt-4.1-mini",reason="reset"}"#), 0.0);
     let connections: Vec<usize> = world.gateway.seen().iter().map(|seen| seen.connection).collect();
     assert_eq!(connections, [0, 0, 1], "reused, found closed, and sent over a new one");
     assert_eq!(world.elapsed(), 0);
     world.assert_nothing_held();
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_sent_twice_over_a_stale_connection_counts_twice_against_the_quota() {
+    let script = |seen: &Seen| if seen.number == 1 { vec![Step::Close] } else { completion() };
+    let world = World::new("[limits]\nrequests = { rate = \"1/s\", burst = 2 }\n", script);
+    for _ in 0..3 {
+        assert_eq!(world.chat().await.status, 200);
+    }
+    assert_eq!(world.times(), [0, 0, 0, 2000]);
+    world.assert_nothing_held();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_attempt_that_never_got_a_connection_costs_nothing_of_the_quota() {
+    let world = World::new("[limits]\nrequests = { rate = \"1/min\", burst = 1 }\n", |_| completion());
+    world.gateway.refuse_connections(2);
+    assert_eq!(world.chat().await.header("x-weir-attempts"), "3");
+    assert!(world.elapsed() < 10_000, "no minute was waited for a cell");
+    world.assert_nothing_held();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_leaves_before_a_connection_is_made_costs_nothing_of_the_quota() {
+    let world = World::new("[limits]\nrequests = { rate = \"1/min\", burst = 1 }\n", |_| completion());
+    world.gateway.delay_connections(Duration::from_secs(3));
+    let client = world.spawn(chat(CHAT));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    client.abort();
+    world.settle().await;
+    world.assert_nothing_held();
+    assert_eq!(world.chat().await.status, 200);
+    assert_eq!(world.elapsed(), 4000);
 }
 
 #[tokio::test(start_paused = true)]

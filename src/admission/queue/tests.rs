@@ -220,6 +220,14 @@ fn the_refused_are_told_to_come_back_one_after_another() {
 }
 
 #[test]
+fn one_who_ignores_the_hint_does_not_push_the_others_return_away_without_end() {
+    let mut world = World::new(Some(("10/min", 1)), None);
+    world.arrive("a");
+    let refused: Vec<u64> = (0..1000).map(|_| world.arrive_for("a", Duration::ZERO)).collect();
+    assert_eq!(world.refused[&refused[999]].retry_after, Duration::from_secs(6 + 30));
+}
+
+#[test]
 fn another_models_backlog_does_not_count_against_a_newcomer_beyond_what_its_own_quota_lets_through() {
     let mut world = World::new(Some(("10/s", 1)), None).with_model("a", Some(("1/s", 5)), None);
     for _ in 0..100 {

@@ -1,4 +1,0 @@
-//! demo (being written)
-pub async fn run(_exit: bool) -> Result<(), String> {
-    Ok(())
-}

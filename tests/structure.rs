@@ -1,0 +1,150 @@
+//! The shape of the source, as ARCHITECTURE.md draws it: who may import whom, where each crate has its home, and that the
+//! documents name only metrics that exist. (Cargo runs tests in the package's folder, so paths are as in the repository.)
+
+use std::collections::BTreeSet;
+use std::fs;
+
+/// A crate and the only places (a file, or a folder with its `/`) that may use it.
+const HOMES: [(&str, &[&str]); 5] = [
+    ("governor", &["src/admission/bucket.rs"]),
+    ("prometheus", &["src/metrics.rs"]),
+    // Jitter; the age of a connection; the name of a process, and the generator that jitter is given.
+    ("rand", &["src/retry.rs", "src/upstream/pool.rs", "src/proxy/mod.rs"]),
+    ("serde_json", &["src/openai/", "src/simulator/", "src/demo.rs", "src/demo/"]),
+    ("toml", &["src/config/"]),
+];
+
+/// The simulator measures the proxy, so it shares no code with it but the units.
+const SIMULATOR_MAY_IMPORT: [&str; 2] = ["config", "simulator"];
+
+#[test]
+fn a_module_imports_only_what_stands_above_it() {
+    let lib = read("src/lib.rs");
+    let order: Vec<&str> = lib.lines().filter_map(|line| line.strip_prefix("pub mod ")?.strip_suffix(';')).collect();
+    let place = |name: &str| order.iter().position(|module| *module == name);
+    let mut wrong = Vec::new();
+    for source in sources() {
+        let Some(module) = source.module() else { continue };
+        let own = place(module).unwrap_or_else(|| panic!("{}: {module} is not in src/lib.rs", source.path));
+        for (number, line) in source.production() {
+            for path in line.split("crate::").skip(1) {
+                let imported = path.split(|c: char| !(c.is_alphanumeric() || c == '_')).next().unwrap_or_default();
+                let allowed = match place(imported) {
+                    Some(_) if module == "simulator" => SIMULATOR_MAY_IMPORT.contains(&imported),
+                    Some(above) => above <= own,
+                    None => false,
+                };
+                if !allowed {
+                    wrong.push(format!("{}:{number}: {module} may not import {imported:?}", source.path));
+                }
+            }
+        }
+    }
+    assert_none(&wrong, "src/lib.rs lists the modules in the order of imports (write one `use` a module)");
+}
+
+#[test]
+fn every_crate_stays_in_its_home() {
+    let mut wrong = Vec::new();
+    for source in sources() {
+        for (number, line) in source.production() {
+            for (name, homes) in HOMES {
+                if uses_crate(line, name) && !homes.iter().any(|home| source.path.starts_with(home)) {
+                    wrong.push(format!("{}:{number}: {name} belongs to {}", source.path, homes.join(", ")));
+                }
+            }
+        }
+    }
+    assert_none(&wrong, "crates have homes");
+}
+
+#[test]
+fn nothing_is_unwrapped_outside_tests() {
+    let mut wrong = Vec::new();
+    for source in sources() {
+        let unwraps = source.production().filter(|(_, line)| line.contains(".unwrap()"));
+        wrong.extend(unwraps.map(|(number, line)| format!("{}:{number}: {}", source.path, line.trim())));
+    }
+    assert_none(&wrong, "write expect(\"why it cannot happen\"), or handle it");
+}
+
+#[test]
+fn the_documents_name_only_metrics_that_exist() {
+    let exist = metric_names(&read("src/metrics.rs"));
+    let suffixes = ["_bucket", "_sum", "_count"];
+    let is_known = |name: &str| {
+        exist.contains(name) || suffixes.iter().filter_map(|it| name.strip_suffix(it)).any(|base| exist.contains(base))
+    };
+    let mut wrong = Vec::new();
+    let documents = [".md", ".yml", ".yaml", ".service", ".toml"].iter().flat_map(|ending| files(".", ending));
+    for path in documents {
+        let unknown = metric_names(&read(&path)).into_iter().filter(|name| !is_known(name));
+        wrong.extend(unknown.map(|name| format!("{path}: there is no metric {name}")));
+    }
+    assert_none(&wrong, "src/metrics.rs has every metric");
+}
+
+/// A source file, by its path.
+struct Source {
+    path: String,
+    text: String,
+}
+
+impl Source {
+    /// The module of src/lib.rs that it belongs to; `None` for lib.rs and main.rs themselves, which come after all.
+    fn module(&self) -> Option<&str> {
+        let first = self.path.split('/').nth(1)?.trim_end_matches(".rs");
+        (!matches!(first, "lib" | "main")).then_some(first)
+    }
+
+    /// The lines compiled into weir, numbered from 1: no comments, and nothing of `mod tests`, which ends a file.
+    fn production(&self) -> impl Iterator<Item = (usize, &str)> {
+        let numbered = self.text.lines().enumerate().map(|(index, line)| (index + 1, line));
+        let until_tests = numbered.take_while(|(_, line)| *line != "mod tests {");
+        until_tests.filter(|(_, line)| !line.trim_start().starts_with("//"))
+    }
+}
+
+/// Every source file but those of tests.
+fn sources() -> Vec<Source> {
+    let paths = files("src", ".rs").into_iter().filter(|path| !path.ends_with("tests.rs"));
+    paths.map(|path| Source { text: read(&path), path }).collect()
+}
+
+/// Whether a line has `name::` or `use name`, and not as a part of a longer path or word.
+fn uses_crate(line: &str, name: &str) -> bool {
+    line.match_indices(name).any(|(at, _)| {
+        let (before, after) = (&line[..at], &line[at + name.len()..]);
+        let is_whole = !before.ends_with(|c: char| c.is_alphanumeric() || matches!(c, '_' | ':' | '"'));
+        is_whole && (after.starts_with("::") || (before.trim() == "use" && after.starts_with([';', ' '])))
+    })
+}
+
+fn metric_names(text: &str) -> BTreeSet<String> {
+    let words = text.split(|c: char| !(c.is_ascii_lowercase() || c == '_'));
+    words.filter(|word| word.starts_with("weir_") && !word.ends_with('_')).map(str::to_owned).collect()
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// The files below a folder whose names end like this, as paths from the root; builds and hidden folders left out.
+fn files(folder: &str, ending: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).expect("a folder that can be read") {
+        let entry = entry.expect("an entry that can be read");
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let path = if folder == "." { name.clone() } else { format!("{folder}/{name}") };
+        if entry.path().is_file() && name.ends_with(ending) {
+            found.push(path);
+        } else if entry.path().is_dir() && !name.starts_with('.') && !matches!(&*name, "target" | "node_modules") {
+            found.extend(files(&path, ending));
+        }
+    }
+    found
+}
+
+fn assert_none(wrong: &[String], rule: &str) {
+    assert!(wrong.is_empty(), "{rule}:\n{}\n", wrong.join("\n"));
+}
