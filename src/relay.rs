@@ -135,6 +135,13 @@ pub struct Relay {
 #[derive(Debug)]
 pub struct BrokenOff(String);
 
+impl BrokenOff {
+    /// The client asked for no more of it.
+    pub fn unread() -> Self {
+        Self("the client read nothing for too long".to_owned())
+    }
+}
+
 impl fmt::Display for BrokenOff {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)

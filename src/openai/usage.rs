@@ -1,7 +1,7 @@
 //! What an answer cost, as the gateway counts it.
 
 use memchr::memmem;
-use serde_json::Value;
+use serde::Deserialize;
 
 /// The tokens of one answer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -57,25 +57,37 @@ pub fn find(json: &[u8]) -> Option<Usage> {
 /// Reads `: {…}`, whatever follows it.
 fn read(after_key: &[u8]) -> Option<Usage> {
     let value = after_key.trim_ascii_start().strip_prefix(b":")?;
-    let value: Value = serde_json::Deserializer::from_slice(value).into_iter().next()?.ok()?;
-    let count = |paths: &[&str]| paths.iter().find_map(|path| value.pointer(path)?.as_u64());
-    let prompt = count(&["/prompt_tokens", "/input_tokens"]);
-    let completion = count(&["/completion_tokens", "/output_tokens"]);
-    if prompt.is_none() && completion.is_none() {
+    let wire: Wire = serde_json::Deserializer::from_slice(value).into_iter().next()?.ok()?;
+    if wire.prompt.is_none() && wire.completion.is_none() {
         return None;
     }
+    let cached = wire.prompt_details.and_then(|details| details.cached_tokens).or(wire.cache_read_input_tokens);
     Some(Usage {
-        prompt: prompt.unwrap_or(0),
-        completion: completion.unwrap_or(0),
-        cached: count(&[
-            "/prompt_tokens_details/cached_tokens",
-            "/input_tokens_details/cached_tokens",
-            "/cache_read_input_tokens",
-        ])
-        .unwrap_or(0),
-        reasoning: count(&["/completion_tokens_details/reasoning_tokens", "/output_tokens_details/reasoning_tokens"])
-            .unwrap_or(0),
+        prompt: wire.prompt.unwrap_or(0),
+        completion: wire.completion.unwrap_or(0),
+        cached: cached.unwrap_or(0),
+        reasoning: wire.completion_details.and_then(|details| details.reasoning_tokens).unwrap_or(0),
     })
+}
+
+/// Usage as Chat Completions, Completions and Embeddings write it, and under the names of Responses and Messages.
+#[derive(Deserialize)]
+struct Wire {
+    #[serde(rename = "prompt_tokens", alias = "input_tokens")]
+    prompt: Option<u64>,
+    #[serde(rename = "completion_tokens", alias = "output_tokens")]
+    completion: Option<u64>,
+    #[serde(rename = "prompt_tokens_details", alias = "input_tokens_details")]
+    prompt_details: Option<Details>,
+    #[serde(rename = "completion_tokens_details", alias = "output_tokens_details")]
+    completion_details: Option<Details>,
+    cache_read_input_tokens: Option<u64>,
+}
+
+#[derive(Deserialize)]
+struct Details {
+    cached_tokens: Option<u64>,
+    reasoning_tokens: Option<u64>,
 }
 
 #[cfg(test)]

@@ -526,12 +526,11 @@ impl Answer {
     }
 
     fn ending(&self, hopeless: bool) -> Ending {
-        Ending::Answer {
-            status: self.head.status,
-            hopeless,
-            should_retry: headers::should_retry(&self.head.headers),
-            hint: headers::retry_hint(&self.head.headers, SystemTime::now()),
-        }
+        let (status, fields) = (self.head.status, &self.head.headers);
+        let should_retry = headers::should_retry(fields);
+        let is_error = status.is_client_error() || status.is_server_error();
+        let hint = if is_error { headers::retry_hint(fields, SystemTime::now()) } else { None };
+        Ending::Answer { status, hopeless, should_retry, hint }
     }
 
     /// Reads an error's body, so that the answer can be kept without its connection.

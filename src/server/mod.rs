@@ -5,6 +5,7 @@
 //! (docs/benchmarks.md has the figures behind this).
 
 pub(crate) mod edge;
+mod watched;
 
 use std::convert::Infallible;
 use std::io;
@@ -31,6 +32,7 @@ use crate::proxy::{Proxy, ResponseBody};
 use crate::relay::BrokenOff;
 
 use edge::{ActiveRequest, Activity, Edge, EdgeLimits};
+use watched::Watched;
 
 /// HTTP/2 streams at once on one connection.
 const MAX_STREAMS: u32 = 256;
@@ -100,9 +102,16 @@ where
     let activity = Arc::new(Activity::default());
     let io = TokioIo::new(Edge::new(io, activity.clone(), limits));
     let service = service_fn(move |request: Request<Incoming>| {
-        let active = activity.begin(request.version() == Version::HTTP_2);
+        let http2 = request.version() == Version::HTTP_2;
+        let active = activity.begin(http2);
         let proxy = proxy.clone();
-        async move { Ok::<_, Infallible>(proxy.serve(request).await.map(|body| Tracked { body, _active: active })) }
+        async move {
+            let response = proxy.serve(request).await;
+            Ok::<_, Infallible>(response.map(|body| match http2 {
+                true => Tracked::Http2(Watched::new(body, active, limits.write)),
+                false => Tracked::Http1(body, active),
+            }))
+        }
     });
     let builder = builder();
     let mut connection = pin!(builder.serve_connection(io, service));
@@ -134,9 +143,9 @@ fn builder() -> auto::Builder<TokioExecutor> {
 }
 
 /// A response body that ends its request when it is dropped.
-struct Tracked {
-    body: ResponseBody,
-    _active: ActiveRequest,
+enum Tracked {
+    Http1(ResponseBody, #[expect(dead_code, reason = "it is there to be dropped")] ActiveRequest),
+    Http2(Watched),
 }
 
 impl Body for Tracked {
@@ -144,15 +153,24 @@ impl Body for Tracked {
     type Error = BrokenOff;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
-        Pin::new(&mut self.get_mut().body).poll_frame(cx)
+        match self.get_mut() {
+            Self::Http1(body, _) => Pin::new(body).poll_frame(cx),
+            Self::Http2(body) => Pin::new(body).poll_frame(cx),
+        }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        match self {
+            Self::Http1(body, _) => body.is_end_stream(),
+            Self::Http2(body) => body.is_end_stream(),
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        match self {
+            Self::Http1(body, _) => body.size_hint(),
+            Self::Http2(body) => body.size_hint(),
+        }
     }
 }
 

@@ -105,3 +105,19 @@ fn chat_h2() -> http::Request<http_body_util::Full<bytes::Bytes>> {
     request.headers_mut().remove("host");
     request
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_http2_client_that_never_opens_its_window_loses_its_slot() {
+    let long = "x".repeat(8 << 20);
+    let world = World::new("[server]\nwrite_timeout = \"3s\"\n", move |_| crate::gateway::answer(200, &[], &long));
+    let mut response = world.http2().await.send_request(chat_h2()).await.expect("answered");
+    // One frame is read, and then no more: the window stays shut.
+    assert!(response.body_mut().frame().await.is_some());
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    world.settle().await;
+    assert_eq!(world.in_flight_and_waiting(), (1.0, 0.0));
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    world.settle().await;
+    world.assert_nothing_held();
+    assert_eq!(disconnects(&world, "stream"), 1.0);
+}
