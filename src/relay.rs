@@ -44,10 +44,10 @@ pub struct Opening {
 pub enum FirstEvent {
     Output,
     Error,
-    /// None by the time given.
-    Late,
-    /// None at all, or too long to be read.
+    /// None at all, or none within what weir holds.
     Unknown,
+    /// None yet.
+    Late,
     /// The connection broke before there was one.
     Broken(hyper::Error),
 }
@@ -110,8 +110,8 @@ impl Opening {
 pub struct Patience {
     /// Between two chunks.
     pub idle: Duration,
-    /// By when a stream has to have its first event.
-    pub first_event: Option<Instant>,
+    /// By when a stream has to have its first event, and what it is otherwise.
+    pub first_event: Option<(Instant, Cause)>,
 }
 
 /// The body of a proxied response.
@@ -134,13 +134,6 @@ pub struct Relay {
 /// An answer broke off; hyper cuts the client's connection, so that it cannot be taken for whole.
 #[derive(Debug)]
 pub struct BrokenOff(String);
-
-impl BrokenOff {
-    /// The client asked for no more of it.
-    pub fn unread() -> Self {
-        Self("the client read nothing for too long".to_owned())
-    }
-}
 
 impl fmt::Display for BrokenOff {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -220,7 +213,7 @@ impl Relay {
     /// How long the answer has to stay silent from now to be given up, and why.
     fn limit(&self) -> (Instant, Cause) {
         match self.patience.first_event {
-            Some(first_event) => (first_event, Cause::FirstEventTimeout),
+            Some(first_event) => first_event,
             None => (self.quiet_since + self.patience.idle, Cause::IdleTimeout),
         }
     }
@@ -344,8 +337,11 @@ impl Meter {
     }
 }
 
-/// Whether the answer is a stream of server-sent events.
+/// Whether the answer is a stream of server-sent events that weir can read: an encoded one it can't.
 pub fn is_event_stream(head: &response::Parts) -> bool {
+    if head.headers.contains_key(header::CONTENT_ENCODING) {
+        return false;
+    }
     let kind = head.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
 }

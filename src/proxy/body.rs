@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -98,7 +99,8 @@ pub fn too_large(max: u64) -> Failure {
     )
 }
 
-fn too_slow(timeout: Duration) -> Failure {
+/// A body came more slowly than weir waits.
+pub fn too_slow(timeout: Duration) -> Failure {
     let message = format!(
         "the request's body came too slowly: nothing for {} (server.body_timeout), or not whole in time",
         format_duration(timeout)
@@ -112,22 +114,38 @@ pub struct Upload {
     body: Incoming,
     timeout: Duration,
     alarm: Option<Pin<Box<Sleep>>>,
-    fault: UploadFault,
+    watch: Arc<UploadWatch>,
 }
 
-/// Where an [`Upload`] notes what went wrong with it.
-pub type UploadFault = Arc<OnceLock<Failure>>;
+/// What an [`Upload`] lets others see of it.
+#[derive(Debug, Default)]
+pub struct UploadWatch {
+    fault: OnceLock<Failure>,
+    waiting: AtomicBool,
+}
+
+impl UploadWatch {
+    /// What went wrong with it.
+    pub fn fault(&self) -> Option<&Failure> {
+        self.fault.get()
+    }
+
+    /// It would go on if the client sent more.
+    pub fn is_waiting(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed)
+    }
+}
 
 impl Upload {
     /// Passes `body` on, with a limit on the time between two reads.
-    pub fn new(body: Incoming, timeout: Duration, fault: UploadFault) -> Self {
-        Self { body, timeout, alarm: None, fault }
+    pub fn new(body: Incoming, timeout: Duration, watch: Arc<UploadWatch>) -> Self {
+        Self { body, timeout, alarm: None, watch }
     }
 
     fn failed(&self, failure: Failure) -> BodyFault {
         let fault = BodyFault(failure.message.clone());
         // The first fault is the one that counts.
-        let _ = self.fault.set(failure);
+        let _ = self.watch.fault.set(failure);
         fault
     }
 }
@@ -139,10 +157,12 @@ impl Body for Upload {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyFault>>> {
         if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) {
             self.alarm = None;
+            self.watch.waiting.store(false, Ordering::Relaxed);
             let broken =
                 |error| self.failed(Failure::new(Cause::BadRequest, format!("the request's body broke off: {error}")));
             return Poll::Ready(frame.map(|frame| frame.map_err(broken)));
         }
+        self.watch.waiting.store(true, Ordering::Relaxed);
         let timeout = self.timeout;
         let alarm = self.alarm.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
         match alarm.as_mut().poll(cx) {

@@ -2,7 +2,7 @@
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::uri::Authority;
-use http::{Version, request, response};
+use http::{Method, Version, request, response};
 
 use crate::config::Secret;
 use crate::error::{Cause, Failure};
@@ -37,6 +37,10 @@ pub fn check(head: &request::Parts, via: &Via) -> Result<(), Failure> {
         return Err(Failure::new(Cause::HeadersTooLarge, message));
     }
     check_host(head).map_err(|message| Failure::new(Cause::BadRequest, message))?;
+    if head.method == Method::CONNECT {
+        let message = "weir opens no tunnels: give it to your client as the base URL, not as a proxy";
+        return Err(Failure::new(Cause::UnknownPath, message));
+    }
     if via.is_in(&head.headers) {
         let message = "this request has been through this weir before: upstream.base_url leads back to weir itself";
         return Err(Failure::new(Cause::LoopDetected, message));
@@ -147,6 +151,7 @@ pub fn client_key(fields: &HeaderMap) -> Option<&HeaderValue> {
 #[derive(Debug, Clone)]
 pub struct Via {
     name: String,
+    http1_0: HeaderValue,
     http1: HeaderValue,
     http2: HeaderValue,
 }
@@ -156,11 +161,15 @@ impl Via {
     pub fn new(instance: &str) -> Self {
         let name = format!("weir-{instance}");
         let field = |version: &str| HeaderValue::from_str(&format!("{version} {name}")).expect("an instance is ASCII");
-        Self { http1: field("1.1"), http2: field("2.0"), name }
+        Self { http1_0: field("1.0"), http1: field("1.1"), http2: field("2.0"), name }
     }
 
     fn field(&self, received: Version) -> HeaderValue {
-        if received == Version::HTTP_2 { self.http2.clone() } else { self.http1.clone() }
+        match received {
+            Version::HTTP_10 => self.http1_0.clone(),
+            Version::HTTP_2 => self.http2.clone(),
+            _ => self.http1.clone(),
+        }
     }
 
     fn is_in(&self, fields: &HeaderMap) -> bool {

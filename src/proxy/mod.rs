@@ -37,7 +37,7 @@ use crate::upstream::{
     AnswerBody, ConnectionCounts, Exchange, Outgoing, Payload, SendError, Streamed, Upstream, target,
 };
 
-use body::{Read, ReadLimits, Upload, UploadFault};
+use body::{Read, ReadLimits, Upload, UploadWatch};
 use fields::Via;
 
 /// An opaque call's body up to this is read before it is sent, and can be sent again; a longer one streams through.
@@ -94,7 +94,7 @@ struct Call {
 enum CallBody {
     Whole(Bytes),
     /// Taken by the only attempt.
-    Upload(Option<Streamed>, UploadFault),
+    Upload(Option<Streamed>, Arc<UploadWatch>),
 }
 
 /// An attempt that has ended, or that has brought an answer.
@@ -265,10 +265,10 @@ impl Proxy {
             Read::Whole(bytes) => CallBody::Whole(bytes),
             Read::Longer(_) if endpoint.is_some() => return Err(body::too_large(limits.max)),
             Read::Longer(begun) => {
-                let fault = UploadFault::default();
+                let watch = Arc::<UploadWatch>::default();
                 let rest = body.take().expect("a body is read once");
-                let upload = Upload::new(rest, config.server.body_timeout, fault.clone());
-                CallBody::Upload(Some(Streamed::new(begun, upload)), fault)
+                let upload = Upload::new(rest, config.server.body_timeout, watch.clone());
+                CallBody::Upload(Some(Streamed::new(begun, upload)), watch)
             }
         };
         ledger.spent_elsewhere(begun_reading.elapsed());
@@ -339,7 +339,7 @@ impl Proxy {
         let exchange = match tokio::time::timeout_at(limit.at, exchanging).await {
             Ok(Ok(exchange)) => exchange,
             Ok(Err(error)) => return unanswered(&error, call),
-            Err(_) => return limit.exceeded(),
+            Err(_) => return self.late(limit, call),
         };
         if exchange.head.status == StatusCode::SWITCHING_PROTOCOLS {
             let failure =
@@ -387,12 +387,23 @@ impl Proxy {
         if deadline.at < own.at { deadline } else { own }
     }
 
+    /// There was no answer in time: the client's fault where it is the one that is still waited for.
+    fn late(&self, limit: Limit, call: &Call) -> Tried {
+        match &call.body {
+            CallBody::Upload(_, watch) if watch.is_waiting() => {
+                let fault = body::too_slow(self.shared.config.server.body_timeout);
+                Tried { ending: Ending::Broken, result: AttemptResult::Cancelled, outcome: Err(fault) }
+            }
+            _ => limit.exceeded(),
+        }
+    }
+
     /// Reads as much of an answer as it takes to judge it: an error's body, a stream's first event.
     async fn open(&self, exchange: Exchange, call: &Call, permit: Permit, limit: Limit) -> Tried {
         let Exchange { head, body } = exchange;
         let patience = Patience {
             idle: self.shared.config.timeouts.idle,
-            first_event: (call.stream && relay::is_event_stream(&head)).then_some(limit.at),
+            first_event: (call.stream && relay::is_event_stream(&head)).then_some((limit.at, limit.cause)),
         };
         let mut answer = Answer { head, opening: Opening::default(), rest: Some(body), permit: Some(permit), patience };
         let until = limit.at.min(Instant::now() + MAX_HEAD_HOLD);
@@ -543,15 +554,15 @@ impl Answer {
         held
     }
 
-    /// Holds a stream back until its first event, which may be an error.
+    /// Holds a stream back until its first event, which may be an error, or until it has taken too long to be held.
     async fn hold_first_event(mut self, until: Instant, limit: Limit) -> Tried {
         let first = match &mut self.rest {
             Some(rest) => self.opening.first_event(rest, until).await,
             None => FirstEvent::Unknown,
         };
         match first {
-            FirstEvent::Late if Instant::now() >= limit.at => limit.exceeded(),
-            FirstEvent::Output | FirstEvent::Late | FirstEvent::Unknown => {
+            FirstEvent::Late if until == limit.at => limit.exceeded(),
+            FirstEvent::Output | FirstEvent::Unknown | FirstEvent::Late => {
                 Tried { ending: self.ending(false), result: AttemptResult::Ok, outcome: Ok(self) }
             }
             FirstEvent::Error => {
@@ -581,8 +592,8 @@ fn add_own_fields(fields: &mut HeaderMap, ledger: &Ledger) {
 
 /// There was no answer.
 fn unanswered(error: &SendError, call: &Call) -> Tried {
-    if let CallBody::Upload(_, fault) = &call.body
-        && let Some(fault) = fault.get()
+    if let CallBody::Upload(_, watch) = &call.body
+        && let Some(fault) = watch.fault()
     {
         return Tried { ending: Ending::Broken, result: AttemptResult::Cancelled, outcome: Err(fault.clone()) };
     }
@@ -606,7 +617,8 @@ fn given_up(outcome: Result<Answer, Failure>) -> Result<Answer, Failure> {
 }
 
 fn unknown_path(head: &request::Parts) -> Failure {
-    let host = head.headers.get(http::header::HOST).and_then(|host| host.to_str().ok()).unwrap_or("HOST:PORT");
+    let host = head.headers.get(http::header::HOST).and_then(|host| host.to_str().ok());
+    let host = host.or(head.uri.authority().map(http::uri::Authority::as_str)).unwrap_or("HOST:PORT");
     let message = format!(
         "weir serves the paths under /v1, and {} is not one of them; set your client's base URL to http://{host}/v1",
         head.uri.path()

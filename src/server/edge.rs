@@ -6,8 +6,8 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -29,17 +29,26 @@ pub struct EdgeLimits {
 }
 
 /// What the requests on a connection tell the IO beneath them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Activity {
     /// Requests begun and ended, in one number: `begun << 32 | ended`, so that they are read together.
     requests: AtomicU64,
     /// Bytes without a request are then not the beginning of a head, but frames of any kind.
     http2: AtomicBool,
+    /// When the last request ended; at first, when the connection began.
+    idle_since: Mutex<Instant>,
 }
 
 /// A request that is being served; it ends when this is dropped.
 #[derive(Debug)]
 pub struct ActiveRequest(Arc<Activity>);
+
+impl Default for Activity {
+    fn default() -> Self {
+        let (requests, http2, idle_since) = (AtomicU64::new(0), AtomicBool::new(false), Mutex::new(Instant::now()));
+        Self { requests, http2, idle_since }
+    }
+}
 
 impl Activity {
     /// A request's head has come.
@@ -55,10 +64,15 @@ impl Activity {
         let (begun, ended) = (both >> 32, both & 0xffff_ffff);
         (begun, begun.wrapping_sub(ended) & 0xffff_ffff)
     }
+
+    fn idle_since(&self) -> Instant {
+        *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Drop for ActiveRequest {
     fn drop(&mut self) {
+        *self.0.idle_since.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         // The lower half may overflow into the upper one after four billion requests on one connection; both are only
         // compared, so that such a connection may at worst be closed once while idle.
         self.0.requests.fetch_add(1, Ordering::AcqRel);
@@ -70,12 +84,8 @@ pub struct Edge<I> {
     io: I,
     activity: Arc<Activity>,
     limits: EdgeLimits,
-    /// What `activity` said when it was last looked at.
-    seen: (u64, u64),
-    /// When the connection became idle.
-    idle_since: Instant,
-    /// When the first byte of the head that is coming was read.
-    head_since: Option<Instant>,
+    /// When the first byte of a head was read, and how many requests had begun before it.
+    head_since: (u64, Instant),
     read_alarm: Alarm,
     write_alarm: Alarm,
 }
@@ -83,40 +93,31 @@ pub struct Edge<I> {
 impl<I> Edge<I> {
     /// Wraps a new connection.
     pub fn new(io: I, activity: Arc<Activity>, limits: EdgeLimits) -> Self {
-        let now = Instant::now();
         Self {
             io,
             activity,
             limits,
-            seen: (0, 0),
-            idle_since: now,
             // A new connection has its first head to send, from the start.
-            head_since: Some(now),
+            head_since: (0, Instant::now()),
             read_alarm: Alarm::default(),
             write_alarm: Alarm::default(),
         }
     }
 
     /// By when something has to be read; `None` while a request is being served.
-    fn read_deadline(&mut self) -> Option<Instant> {
-        let now_seen = self.activity.begun_and_active();
-        if now_seen != self.seen {
-            self.seen = now_seen;
-            self.head_since = None;
-            self.idle_since = Instant::now();
-        }
-        match (self.seen.1, self.head_since) {
-            (0, Some(since)) => Some(since + self.limits.header),
-            (0, None) => Some(self.idle_since + self.limits.keep_alive),
+    fn read_deadline(&self) -> Option<Instant> {
+        match self.activity.begun_and_active() {
+            (begun, 0) if begun == self.head_since.0 => Some(self.head_since.1 + self.limits.header),
+            (_, 0) => Some(self.activity.idle_since() + self.limits.keep_alive),
             _ => None,
         }
     }
 
     /// Notes the first byte of a head.
     fn note_read(&mut self) {
-        let idle = self.activity.begun_and_active().1 == 0;
-        if idle && self.head_since.is_none() && !self.activity.http2.load(Ordering::Relaxed) {
-            self.head_since = Some(Instant::now());
+        let (begun, active) = self.activity.begun_and_active();
+        if active == 0 && begun != self.head_since.0 && !self.activity.http2.load(Ordering::Relaxed) {
+            self.head_since = (begun, Instant::now());
         }
     }
 
@@ -124,9 +125,9 @@ impl<I> Edge<I> {
     /// answer that says what is wrong.
     fn own_words(&self, bytes: &[u8]) -> Option<Vec<u8>> {
         let status = bytes.strip_prefix(b"HTTP/1.1 ")?.get(..3)?;
-        // Whatever passed through weir carries this field, also when it is written after its request has ended.
-        let ours = || memchr::memmem::find(bytes, b"\r\nx-weir-attempts: ").is_some();
-        if self.activity.begun_and_active().1 > 0 || !bytes.ends_with(b"\r\n\r\n") || ours() {
+        // An answer that came from the proxy has a request id, whoever gave it.
+        let is_hypers = bytes.ends_with(b"\r\n\r\n") && memchr::memmem::find(bytes, b"\r\nx-request-id:").is_none();
+        if self.activity.begun_and_active().1 > 0 || !is_hypers {
             return None;
         }
         let failure = match status {
@@ -172,21 +173,25 @@ impl<I: AsyncRead + Unpin> AsyncRead for Edge<I> {
             edge.note_read();
             return Poll::Ready(read);
         }
-        let deadline = edge.read_deadline();
-        edge.read_alarm.poll(deadline, cx, "the client sent nothing for too long")
+        match edge.read_deadline() {
+            Some(deadline) => edge.read_alarm.poll(deadline, cx, "the client sent nothing for too long"),
+            None => {
+                // hyper, which waits for a hang-up meanwhile, does not ask again when the request has ended.
+                edge.read_alarm.look_again(edge.limits.keep_alive, cx);
+                Poll::Pending
+            }
+        }
     }
 }
 
 impl<I: AsyncWrite + Unpin> AsyncWrite for Edge<I> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let edge = self.get_mut();
-        if let Some(own) = edge.own_words(bytes) {
-            // Short, and the first to be written here: it fits the socket's buffer, or the client gets what fits.
-            return Pin::new(&mut edge.io).poll_write(cx, &own).map_ok(|_| bytes.len());
-        }
-        if let Poll::Ready(written) = Pin::new(&mut edge.io).poll_write(cx, bytes) {
+        let own = edge.own_words(bytes);
+        if let Poll::Ready(written) = Pin::new(&mut edge.io).poll_write(cx, own.as_deref().unwrap_or(bytes)) {
             edge.write_alarm.disarm();
-            return Poll::Ready(written);
+            // Own words are short: they fit the socket's buffer, or the client gets what fits.
+            return Poll::Ready(written.map(|written| if own.is_some() { bytes.len() } else { written }));
         }
         edge.write_alarm.poll_after(edge.limits.write, cx).map(|late| late.map(|()| 0))
     }
@@ -238,14 +243,21 @@ struct Alarm {
 }
 
 impl Alarm {
-    /// Fails when the deadline has come; without one, waits for whoever wakes it next.
-    fn poll(&mut self, deadline: Option<Instant>, cx: &mut Context<'_>, what: &'static str) -> Poll<io::Result<()>> {
-        let Some(deadline) = deadline else { return Poll::Pending };
+    /// Fails when the deadline has come.
+    fn poll(&mut self, deadline: Instant, cx: &mut Context<'_>, what: &'static str) -> Poll<io::Result<()>> {
         let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
         if sleep.deadline() != deadline {
             sleep.as_mut().reset(deadline);
         }
         sleep.as_mut().poll(cx).map(|()| Err(io::Error::new(io::ErrorKind::TimedOut, what)))
+    }
+
+    /// Wakes the task when the deadline that was set last has come, or else after that time.
+    fn look_again(&mut self, after: Duration, cx: &mut Context<'_>) {
+        let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep(after)));
+        while sleep.as_mut().poll(cx).is_ready() {
+            sleep.as_mut().reset(Instant::now() + after);
+        }
     }
 
     /// Fails when it has been polled for that long without having been disarmed.
@@ -255,7 +267,7 @@ impl Alarm {
             _ => Instant::now() + limit,
         };
         self.armed = true;
-        self.poll(Some(deadline), cx, "the client read nothing for too long")
+        self.poll(deadline, cx, "the client read nothing for too long")
     }
 
     fn disarm(&mut self) {

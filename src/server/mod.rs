@@ -5,7 +5,7 @@
 //! (docs/benchmarks.md has the figures behind this).
 
 pub(crate) mod edge;
-mod watched;
+mod streams;
 
 use std::convert::Infallible;
 use std::io;
@@ -21,7 +21,7 @@ use http::{Request, Version};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
@@ -32,7 +32,7 @@ use crate::proxy::{Proxy, ResponseBody};
 use crate::relay::BrokenOff;
 
 use edge::{ActiveRequest, Activity, Edge, EdgeLimits};
-use watched::Watched;
+use streams::StreamExecutor;
 
 /// HTTP/2 streams at once on one connection.
 const MAX_STREAMS: u32 = 256;
@@ -102,18 +102,16 @@ where
     let activity = Arc::new(Activity::default());
     let io = TokioIo::new(Edge::new(io, activity.clone(), limits));
     let service = service_fn(move |request: Request<Incoming>| {
-        let http2 = request.version() == Version::HTTP_2;
-        let active = activity.begin(http2);
+        let active = activity.begin(request.version() == Version::HTTP_2);
         let proxy = proxy.clone();
         async move {
-            let response = proxy.serve(request).await;
-            Ok::<_, Infallible>(response.map(|body| match http2 {
-                true => Tracked::Http2(Watched::new(body, active, limits.write)),
-                false => Tracked::Http1(body, active),
-            }))
+            let response = proxy.serve(request).await.map(|body| Tracked { body, _active: active });
+            // A client whose window is shut from the start never asks for the first chunk.
+            streams::gave();
+            Ok::<_, Infallible>(response)
         }
     });
-    let builder = builder();
+    let builder = builder(settings.write_timeout);
     let mut connection = pin!(builder.serve_connection(io, service));
     let ended = tokio::select! {
         biased;
@@ -128,8 +126,8 @@ where
     }
 }
 
-fn builder() -> auto::Builder<TokioExecutor> {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
+fn builder(write_timeout: Duration) -> auto::Builder<StreamExecutor> {
+    let mut builder = auto::Builder::new(StreamExecutor { write_timeout });
     // Deadlines are the edge's; hyper's own would be the keep-alive limit too.
     builder.http1().timer(TokioTimer::new()).header_read_timeout(None);
     builder
@@ -143,9 +141,9 @@ fn builder() -> auto::Builder<TokioExecutor> {
 }
 
 /// A response body that ends its request when it is dropped.
-enum Tracked {
-    Http1(ResponseBody, #[expect(dead_code, reason = "it is there to be dropped")] ActiveRequest),
-    Http2(Watched),
+struct Tracked {
+    body: ResponseBody,
+    _active: ActiveRequest,
 }
 
 impl Body for Tracked {
@@ -153,24 +151,20 @@ impl Body for Tracked {
     type Error = BrokenOff;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
-        match self.get_mut() {
-            Self::Http1(body, _) => Pin::new(body).poll_frame(cx),
-            Self::Http2(body) => Pin::new(body).poll_frame(cx),
+        streams::asked();
+        let frame = Pin::new(&mut self.get_mut().body).poll_frame(cx);
+        if let Poll::Ready(Some(_)) = frame {
+            streams::gave();
         }
+        frame
     }
 
     fn is_end_stream(&self) -> bool {
-        match self {
-            Self::Http1(body, _) => body.is_end_stream(),
-            Self::Http2(body) => body.is_end_stream(),
-        }
+        self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::Http1(body, _) => body.size_hint(),
-            Self::Http2(body) => body.size_hint(),
-        }
+        self.body.size_hint()
     }
 }
 

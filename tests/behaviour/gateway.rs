@@ -1,6 +1,6 @@
 //! A gateway in memory that does what a test's script says, byte by byte.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -67,6 +67,11 @@ struct State {
     refuse: AtomicUsize,
     /// How long a connection takes to be made.
     connect_delay: Mutex<Duration>,
+    /// Answers follow a request's head, without its body being read first.
+    early: AtomicBool,
+    /// Bytes read from weir, and written to it by steps that are done.
+    received: AtomicUsize,
+    sent: AtomicUsize,
     go_on: Notify,
     happened: Notify,
 }
@@ -82,6 +87,9 @@ impl Gateway {
             cancelled: AtomicUsize::new(0),
             refuse: AtomicUsize::new(0),
             connect_delay: Mutex::default(),
+            early: AtomicBool::new(false),
+            received: AtomicUsize::new(0),
+            sent: AtomicUsize::new(0),
             go_on: Notify::new(),
             happened: Notify::new(),
         }))
@@ -95,6 +103,11 @@ impl Gateway {
     /// Takes so long to accept a connection.
     pub fn delay_connections(&self, delay: Duration) {
         *self.0.connect_delay.lock().expect("no test panics here") = delay;
+    }
+
+    /// Answers from now on as soon as it has a request's head, and reads the body while it answers.
+    pub fn answer_early(&self) {
+        self.0.early.store(true, Ordering::Relaxed);
     }
 
     /// Lets every script that stands at a [`Step::Gate`] go on.
@@ -120,6 +133,21 @@ impl Gateway {
     /// Requests that weir cancelled.
     pub fn cancelled(&self) -> usize {
         self.0.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that have come from weir.
+    pub fn received(&self) -> usize {
+        self.0.received.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that weir has taken, in whole steps.
+    pub fn sent(&self) -> usize {
+        self.0.sent.load(Ordering::Relaxed)
+    }
+
+    /// Waits until so many bytes have come from weir.
+    pub async fn has_received(&self, bytes: usize) {
+        self.until(|gateway| gateway.received() >= bytes).await;
     }
 
     /// Waits until so many requests have reached the gateway.
@@ -173,7 +201,7 @@ impl Gateway {
 
     async fn serve(&self, mut io: DuplexStream, connection: usize) {
         let mut buffer = Vec::new();
-        while let Some((head, body)) = read_request(&mut io, &mut buffer).await {
+        while let Some((head, body)) = self.read_request(&mut io, &mut buffer).await {
             let seen = {
                 let mut all = self.0.seen.lock().expect("no test panics here");
                 let seen = Seen { number: all.len(), connection, at: Instant::now(), head, body };
@@ -198,7 +226,11 @@ impl Gateway {
         let (mut reader, mut writer) = tokio::io::split(io);
         let acting = async {
             match step {
-                Step::Send(bytes) => return writer.write_all(&bytes).await.is_ok(),
+                Step::Send(bytes) => {
+                    let written = writer.write_all(&bytes).await.is_ok();
+                    self.0.sent.fetch_add(if written { bytes.len() } else { 0 }, Ordering::Relaxed);
+                    return written;
+                }
                 Step::Wait(time) => tokio::time::sleep(time).await,
                 Step::Gate => self.0.go_on.notified().await,
                 Step::Stall => std::future::pending().await,
@@ -206,63 +238,68 @@ impl Gateway {
             }
             true
         };
+        // What comes meanwhile is the body of a request that is answered early.
+        let mut discarded = vec![0; 64 << 10];
+        let closed = async { while reader.read(&mut discarded).await.is_ok_and(|read| read > 0) {} };
         tokio::select! {
             biased;
             alive = acting => alive,
-            _ = reader.read_u8() => false,
+            () = closed => false,
+        }
+    }
+
+    /// Reads a request: its head as text, its body decoded. `None` when the connection has ended.
+    async fn read_request(&self, io: &mut DuplexStream, buffer: &mut Vec<u8>) -> Option<(String, Vec<u8>)> {
+        loop {
+            if self.0.early.load(Ordering::Relaxed)
+                && let Some(head_end) = head_end(buffer)
+            {
+                let head = String::from_utf8_lossy(&buffer[..head_end]).into_owned();
+                buffer.clear();
+                return Some((head, Vec::new()));
+            }
+            if let Some((head, body)) = take_message(buffer) {
+                return Some((head, body));
+            }
+            let read = io.read_buf(buffer).await.ok().filter(|read| *read > 0)?;
+            self.0.received.fetch_add(read, Ordering::Relaxed);
+            self.0.happened.notify_waiters();
         }
     }
 }
 
-/// Reads a request: its head as text, its body decoded. `None` when the connection has ended.
-async fn read_request(io: &mut DuplexStream, buffer: &mut Vec<u8>) -> Option<(String, Vec<u8>)> {
-    let head_end = loop {
-        if let Some(at) = buffer.windows(4).position(|bytes| bytes == b"\r\n\r\n") {
-            break at + 4;
-        }
-        if io.read_buf(buffer).await.ok()? == 0 {
-            return None;
-        }
-    };
-    let head = String::from_utf8(buffer.drain(..head_end).collect()).expect("weir sends text");
+fn head_end(buffer: &[u8]) -> Option<usize> {
+    buffer.windows(4).position(|bytes| bytes == b"\r\n\r\n").map(|at| at + 4)
+}
+
+/// Takes the first message, if it is there whole: its head as text, its body decoded.
+pub fn take_message(buffer: &mut Vec<u8>) -> Option<(String, Vec<u8>)> {
+    let head_end = head_end(buffer)?;
+    let head = String::from_utf8(buffer[..head_end].to_vec()).expect("heads are text here");
     let lower = head.to_ascii_lowercase();
     let length = lower.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse::<usize>().ok());
-    let body = match length {
-        Some(length) => {
-            while buffer.len() < length {
-                if io.read_buf(buffer).await.ok()? == 0 {
-                    return None;
-                }
-            }
-            buffer.drain(..length).collect()
-        }
-        None if lower.contains("transfer-encoding: chunked") => read_chunks(io, buffer).await?,
-        None => Vec::new(),
+    let (body, end) = match length {
+        Some(length) => (buffer.get(head_end..head_end + length)?.to_vec(), head_end + length),
+        None if lower.contains("transfer-encoding: chunked") => decode_chunks(buffer, head_end)?,
+        None => (Vec::new(), head_end),
     };
+    buffer.drain(..end);
     Some((head, body))
 }
 
-async fn read_chunks(io: &mut DuplexStream, buffer: &mut Vec<u8>) -> Option<Vec<u8>> {
+/// A chunked body that begins at `at`, and where it ends.
+fn decode_chunks(bytes: &[u8], mut at: usize) -> Option<(Vec<u8>, usize)> {
     let mut body = Vec::new();
     loop {
-        let line_end = loop {
-            if let Some(at) = buffer.windows(2).position(|bytes| bytes == b"\r\n") {
-                break at;
-            }
-            if io.read_buf(buffer).await.ok()? == 0 {
-                return None;
-            }
-        };
-        let size = usize::from_str_radix(std::str::from_utf8(&buffer[..line_end]).ok()?, 16).ok()?;
-        while buffer.len() < line_end + 2 + size + 2 {
-            if io.read_buf(buffer).await.ok()? == 0 {
-                return None;
-            }
-        }
-        body.extend_from_slice(&buffer[line_end + 2..line_end + 2 + size]);
-        buffer.drain(..line_end + 2 + size + 2);
+        let line = &bytes[at..];
+        let digits = line.windows(2).position(|bytes| bytes == b"\r\n")?;
+        let size = usize::from_str_radix(std::str::from_utf8(&line[..digits]).ok()?, 16).ok()?;
+        let data = at + digits + 2;
+        body.extend_from_slice(bytes.get(data..data + size)?);
+        at = data + size + 2;
+        bytes.get(at - 1)?;
         if size == 0 {
-            return Some(body);
+            return Some((body, at));
         }
     }
 }

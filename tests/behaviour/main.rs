@@ -3,6 +3,9 @@
 mod gateway;
 mod world;
 
+mod edge;
 mod hang_ups;
 mod limits;
 mod retries;
+mod timeouts;
+mod transparency;

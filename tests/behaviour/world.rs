@@ -9,14 +9,14 @@ use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::io::DuplexStream;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use weir::config::Config;
 use weir::proxy::Proxy;
 use weir::server::{self, DrainControl};
 
-use crate::gateway::{Gateway, Seen, Step};
+use crate::gateway::{Gateway, Seen, Step, take_message};
 
 /// A chat request for a model that the tests know by name.
 pub const CHAT: &str = r#"{"model":"gpt-4.1-mini","messages":[{"role":"user","content":"hello"}]}"#;
@@ -35,6 +35,45 @@ pub struct World {
     watch: server::Drain,
 }
 
+/// A client that writes bytes as it likes, right or wrong.
+pub struct Raw {
+    pub io: DuplexStream,
+    unread: Vec<u8>,
+}
+
+impl Raw {
+    /// Writes as much as weir takes before it closes the connection.
+    pub async fn write(&mut self, bytes: impl AsRef<[u8]>) {
+        let _ = self.io.write_all(bytes.as_ref()).await;
+    }
+
+    /// The next answer; `None` when the connection is closed without one. It may be dropped and asked for again.
+    pub async fn answer(&mut self) -> Option<Answer> {
+        loop {
+            if let Some((head, body)) = take_message(&mut self.unread) {
+                return Some(Answer::parse(&head, body));
+            }
+            self.io.read_buf(&mut self.unread).await.ok().filter(|read| *read > 0)?;
+        }
+    }
+
+    /// Everything until weir closes the connection.
+    pub async fn rest(&mut self) -> String {
+        while self.io.read_buf(&mut self.unread).await.is_ok_and(|read| read > 0) {}
+        String::from_utf8_lossy(&std::mem::take(&mut self.unread)).into_owned()
+    }
+
+    /// Writes one piece after the other, until there is an answer or the connection is closed.
+    pub async fn drip(&mut self, piece: &str, every: Duration) -> Option<Answer> {
+        loop {
+            if let Ok(answer) = tokio::time::timeout(every, self.answer()).await {
+                return answer;
+            }
+            self.write(piece).await;
+        }
+    }
+}
+
 /// An answer, read to its end.
 #[derive(Debug, Clone)]
 pub struct Answer {
@@ -46,6 +85,20 @@ pub struct Answer {
 }
 
 impl Answer {
+    /// The first answer in these bytes.
+    pub fn of(mut bytes: Vec<u8>) -> Self {
+        let (head, body) = take_message(&mut bytes).expect("an answer");
+        Self::parse(&head, body)
+    }
+
+    fn parse(head: &str, body: Vec<u8>) -> Self {
+        let mut lines = head.trim_end().lines();
+        let status = lines.next().and_then(|line| line.split(' ').nth(1)).and_then(|status| status.parse().ok());
+        let fields = lines.map(|line| line.split_once(": ").unwrap_or((line.trim_end_matches(':'), "")));
+        let headers = fields.map(|(name, value)| (name.parse().expect("a name"), value.parse().expect("a value")));
+        Self { status: status.expect("a status"), headers: headers.collect(), body, broken: false }
+    }
+
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&self.body).into_owned()
     }
@@ -87,6 +140,18 @@ impl World {
         let (proxy, settings, watch) = (self.proxy.clone(), self.settings.clone(), self.watch.clone());
         tokio::spawn(async move { server::serve_connection(theirs, proxy, &settings, watch).await });
         ours
+    }
+
+    /// A new connection for a client that writes bytes as it likes.
+    pub fn raw(&self) -> Raw {
+        Raw { io: self.connect(), unread: Vec::new() }
+    }
+
+    /// What these bytes are answered with, on a connection of their own.
+    pub async fn answer_to(&self, bytes: impl AsRef<[u8]>) -> Answer {
+        let mut client = self.raw();
+        client.write(bytes).await;
+        client.answer().await.expect("an answer")
     }
 
     /// Begins the drain, as SIGTERM does.
@@ -227,7 +292,10 @@ pub async fn collect(response: Response<Incoming>) -> Answer {
         match frame.map(http_body::Frame::into_data) {
             Ok(Ok(data)) => answer.body.extend_from_slice(&data),
             Ok(Err(_trailers)) => {}
-            Err(_) => answer.broken = true,
+            Err(_) => {
+                answer.broken = true;
+                break;
+            }
         }
     }
     answer
