@@ -58,7 +58,13 @@ fn main() -> ExitCode {
             Err(exit) => exit,
         },
         Command::Demo { exit } => finish(run(demo::run(exit))),
-        Command::Simulate(arguments) => finish(run(simulator::args::run(arguments))),
+        Command::Simulate(mut arguments) => match simulator::Settings::from_args(&mut arguments) {
+            Ok(invocation) => finish(run(simulator::args::run(invocation))),
+            Err(message) => {
+                eprintln!("weir: {message}");
+                ExitCode::from(USAGE)
+            }
+        },
     }
 }
 

@@ -9,7 +9,7 @@ const HOMES: [(&str, &[&str]); 5] = [
     ("governor", &["src/admission/bucket.rs"]),
     ("prometheus", &["src/metrics.rs"]),
     // Jitter; the age of a connection; the name of a process, and the generator that jitter is given.
-    ("rand", &["src/retry.rs", "src/upstream/pool.rs", "src/proxy/mod.rs"]),
+    ("rand", &["src/retry/mod.rs", "src/upstream/pool.rs", "src/proxy/mod.rs"]),
     ("serde_json", &["src/openai/", "src/simulator/", "src/demo.rs", "src/demo/"]),
     ("toml", &["src/config/"]),
 ];

@@ -34,6 +34,13 @@ pub struct Bucket {
     clock: GivenClock,
     rate: Rate,
     epoch: Instant,
+    /// When a cell was taken last.
+    taken_at: Instant,
+    /// Cells taken before this cannot come back any more: the bucket was full then, or as good as that.
+    busy_since: Instant,
+    /// By how much, in nanoseconds of refill, the bucket was short of full at least, whenever a cell was taken after
+    /// `busy_since`; less what has come back since.
+    shortest: u64,
 }
 
 impl Bucket {
@@ -44,7 +51,7 @@ impl Bucket {
         let (tat, clock) = (Tat::default(), GivenClock::default());
         // The clock reads 0 now, so that TATs count from `epoch`, whatever limiter reads them.
         let limiter = RateLimiter::new(quota, tat.clone(), clock.clone());
-        Self { limiter, tat, clock, rate, epoch: now }
+        Self { limiter, tat, clock, rate, epoch: now, taken_at: now, busy_since: now, shortest: u64::MAX }
     }
 
     /// The rate it refills at.
@@ -53,12 +60,17 @@ impl Bucket {
     }
 
     /// Takes a cell, if one is there. A cell that was waited for since before it was due counts from when it was due.
-    pub fn try_take(&self, waiting_since: Instant, now: Instant) -> bool {
+    pub fn try_take(&mut self, waiting_since: Instant, now: Instant) -> bool {
         let tolerance = u64::from(self.rate.burst - 1).saturating_mul(self.interval_nanos());
         let due = self.epoch + Duration::from_nanos(self.tat.get().saturating_sub(tolerance).min(FAR));
         let charged_at = due.max(waiting_since).max(now - TIMER_SLACK).min(now);
+        let short_of_full = self.tat.get().saturating_sub(self.nanos(charged_at));
         self.clock.set(self.nanos(charged_at));
-        self.limiter.check().is_ok()
+        let taken = self.limiter.check().is_ok();
+        if taken {
+            self.note_taken(short_of_full, now);
+        }
+        taken
     }
 
     /// Takes a cell that may not be there yet: whoever comes next waits for it.
@@ -67,9 +79,34 @@ impl Bucket {
         self.tat.update(|tat| tat.max(now).saturating_add(self.interval_nanos()));
     }
 
-    /// Puts a cell back that bought nothing. A full bucket stays full.
-    pub fn give_back(&self) {
-        self.tat.update(|tat| tat.saturating_sub(self.interval_nanos()));
+    fn note_taken(&mut self, short_of_full: u64, now: Instant) {
+        self.taken_at = now;
+        if short_of_full < self.interval_nanos() {
+            (self.busy_since, self.shortest) = (now, u64::MAX);
+        } else {
+            self.shortest = self.shortest.min(short_of_full);
+        }
+    }
+
+    /// Puts a cell back that was taken then and bought nothing. A full bucket stays full.
+    ///
+    /// Had the cell never been taken, the bucket might have been full since, and have let no more through for it. So a cell
+    /// that comes back after others were taken counts only where the bucket was short of it all the time.
+    pub fn give_back(&mut self, taken_at: Instant) {
+        let interval = self.interval_nanos();
+        if taken_at < self.taken_at {
+            if taken_at < self.busy_since {
+                return;
+            }
+            if self.shortest < interval {
+                (self.busy_since, self.shortest) = (self.taken_at, u64::MAX);
+                return;
+            }
+            if self.shortest != u64::MAX {
+                self.shortest -= interval;
+            }
+        }
+        self.tat.update(|tat| tat.saturating_sub(interval));
     }
 
     /// When the `n`-th cell from now (from 1) can be taken, if nobody else takes one; not later than `now` where it is there.
@@ -169,7 +206,7 @@ mod tests {
 
     #[test]
     fn a_burst_passes_and_then_the_rate() {
-        let (bucket, start) = bucket("10/s", 3);
+        let (mut bucket, start) = bucket("10/s", 3);
         let taken = (0..2000u64).filter(|millis| {
             let now = start + Duration::from_millis(*millis);
             bucket.try_take(now, now)
@@ -181,7 +218,7 @@ mod tests {
 
     #[test]
     fn it_tells_when_the_nth_cell_can_be_taken() {
-        let (bucket, start) = bucket("10/s", 2);
+        let (mut bucket, start) = bucket("10/s", 2);
         assert_eq!(bucket.available_at(2, start), start);
         assert_eq!(bucket.available_at(3, start), start + Duration::from_millis(100));
         assert!(bucket.try_take(start, start) && bucket.try_take(start, start) && !bucket.try_take(start, start));
@@ -198,28 +235,41 @@ mod tests {
 
     #[test]
     fn a_cell_given_back_can_be_taken_again_and_a_full_bucket_stays_full() {
-        let (bucket, start) = bucket("10/s", 1);
+        let (mut bucket, start) = bucket("10/s", 1);
         assert!(bucket.try_take(start, start) && !bucket.try_take(start, start));
-        bucket.give_back();
+        bucket.give_back(start);
         assert!(bucket.try_take(start, start));
         let later = start + Duration::from_secs(60);
-        bucket.give_back();
-        bucket.give_back();
+        bucket.give_back(start);
+        bucket.give_back(start);
         assert_eq!(bucket.remaining(later), 1);
         assert!(bucket.try_take(later, later) && !bucket.try_take(later, later));
     }
 
     #[test]
     fn a_debt_is_waited_for_by_whoever_comes_next() {
-        let (bucket, start) = bucket("10/s", 1);
+        let (mut bucket, start) = bucket("10/s", 1);
         assert!(bucket.try_take(start, start));
         bucket.take_as_debt(start);
         assert_eq!(bucket.available_at(1, start), start + Duration::from_millis(200));
     }
 
     #[test]
+    fn a_cell_that_comes_back_late_lets_no_more_through_than_a_full_bucket() {
+        let (mut bucket, start) = bucket("10/s", 2);
+        assert!(bucket.try_take(start, start));
+        let later = start + Duration::from_secs(5);
+        assert!(bucket.try_take(later, later));
+        bucket.give_back(start);
+        assert!(bucket.try_take(later, later));
+        assert!(!bucket.try_take(later, later), "two at once and no third");
+        bucket.give_back(later);
+        assert!(bucket.try_take(later, later), "but what was taken since does come back");
+    }
+
+    #[test]
     fn a_late_timer_costs_no_rate_and_a_long_pause_gives_no_credit_beyond_the_burst() {
-        let (bucket, start) = bucket("100/s", 1);
+        let (mut bucket, start) = bucket("100/s", 1);
         let mut now = start;
         for _ in 0..100 {
             assert!(bucket.try_take(start, now));

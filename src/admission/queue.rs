@@ -241,7 +241,7 @@ impl<W> Queue<W> {
         for id in &flow.path {
             match &mut self.limits[id.0].measure {
                 Measure::Concurrency(slots) => slots.give_back(now.saturating_duration_since(grant.at)),
-                Measure::Requests(bucket) if unsent => bucket.give_back(),
+                Measure::Requests(bucket) if unsent => bucket.give_back(grant.at),
                 Measure::Requests(_) => continue,
             }
             self.opened.push(*id);

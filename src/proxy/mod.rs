@@ -126,7 +126,7 @@ impl Proxy {
         let shared = Shared {
             metrics: Arc::new(Metrics::new(models.clone())),
             gate: Gate::open(&config, models.clone()),
-            policy: Policy::new(&config.retry),
+            policy: Policy::new(&config.retry, Instant::now()),
             memory: ByteBudget::new(config.queue.max_bytes),
             connections: Arc::default(),
             via: Via::new(&instance),
@@ -213,7 +213,7 @@ impl Proxy {
                 Err(refusal) => return last.map_or(Err(refusal), given_up),
             };
             if last.is_none() {
-                self.shared.policy.first_attempt();
+                self.shared.policy.first_attempt(Instant::now());
             }
             let tried = self.attempt(&mut call, permit, ledger).await;
             let verdict = self.judge(&tried, tries, &call, ledger);
@@ -443,7 +443,7 @@ impl Proxy {
         let deadline = self.shared.config.timeouts.deadline;
         let patience = call.patience.unwrap_or(Duration::MAX).min(deadline);
         let left = patience.saturating_sub(ledger.arrived().elapsed());
-        self.shared.policy.judge(tried.ending, tries, left, &mut rand::rng())
+        self.shared.policy.judge(tried.ending, tries, left, Instant::now(), &mut rand::rng())
     }
 
     /// The gateway's answer, with what weir adds.

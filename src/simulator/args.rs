@@ -75,12 +75,12 @@ impl Default for ListenOptions {
     }
 }
 
-/// Does what `weir simulate` does, until Ctrl-C. The parser stands behind the subcommand's name.
+/// Does what `weir simulate` does, until Ctrl-C.
 ///
 /// # Errors
-/// Says which argument is wrong and what to write instead, or why it can't listen.
-pub async fn run(mut parser: lexopt::Parser) -> Result<(), String> {
-    let (settings, listen) = match Settings::from_args(&mut parser)? {
+/// Says why it can't listen.
+pub async fn run(invocation: Invocation) -> Result<(), String> {
+    let (settings, listen) = match invocation {
         Invocation::Serve(settings, listen) => (settings, listen),
         Invocation::Help => {
             print!("{HELP}");

@@ -19,6 +19,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
+use tokio::time::Instant;
 use tower::{Service as _, ServiceExt as _};
 
 use crate::config::{Config, UpstreamUrl};
@@ -26,6 +27,10 @@ use connect::{ConnectError, Connector};
 use pool::{MaxIdle, Pool};
 
 pub use pool::{Connection, ConnectionCounts};
+
+/// A pooled connection that breaks sooner than this after it was written to had been closed already; one that breaks later
+/// had the gateway at work on the request.
+const STALE_WITHIN: Duration = Duration::from_secs(1);
 
 /// A gateway, and the connections to it.
 ///
@@ -124,11 +129,14 @@ impl Upstream {
         outgoing: &Outgoing,
         payload: Payload,
     ) -> Result<Exchange, SendError> {
+        let written_at = Instant::now();
         match connection.sender.try_send_request(outgoing.request(payload)).await {
             Ok(response) => Ok(self.exchange(response, connection)),
             Err(mut error) => Err(match error.take_message() {
                 Some(unsent) => SendError::Unsent(unsent.into_body()),
-                None if connection.reused && is_stale(error.error()) => SendError::Stale(error.into_error()),
+                None if connection.reused && written_at.elapsed() < STALE_WITHIN && is_stale(error.error()) => {
+                    SendError::Stale(error.into_error())
+                }
                 None => SendError::from_hyper(error.into_error()),
             }),
         }

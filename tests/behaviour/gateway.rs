@@ -22,6 +22,8 @@ pub enum Step {
     Gate,
     /// Closes the connection.
     Close,
+    /// Closes the connection, unless another request has begun to come on it within this time.
+    CloseIdle(Duration),
 }
 
 /// A request as it reached the gateway.
@@ -59,6 +61,8 @@ pub struct Gateway(Arc<State>);
 struct State {
     script: Box<Script>,
     seen: Mutex<Vec<Seen>>,
+    /// When each request was done with, by its number; `None` while its script goes on.
+    ended: Mutex<Vec<Option<Instant>>>,
     connections: AtomicUsize,
     open: AtomicUsize,
     /// Requests whose connection weir closed before the script was through.
@@ -82,6 +86,7 @@ impl Gateway {
         Self(Arc::new(State {
             script: Box::new(script),
             seen: Mutex::default(),
+            ended: Mutex::default(),
             connections: AtomicUsize::new(0),
             open: AtomicUsize::new(0),
             cancelled: AtomicUsize::new(0),
@@ -118,6 +123,12 @@ impl Gateway {
     /// Everything that has reached the gateway.
     pub fn seen(&self) -> Vec<Seen> {
         self.0.seen.lock().expect("no test panics here").clone()
+    }
+
+    /// From when to when each request was being answered, by its number; `None` for those that still are.
+    pub fn spans(&self) -> Vec<(Instant, Option<Instant>)> {
+        let ended = self.0.ended.lock().expect("no test panics here").clone();
+        self.seen().iter().map(|seen| seen.at).zip(ended).collect()
     }
 
     /// Connections made so far.
@@ -206,19 +217,34 @@ impl Gateway {
                 let mut all = self.0.seen.lock().expect("no test panics here");
                 let seen = Seen { number: all.len(), connection, at: Instant::now(), head, body };
                 all.push(seen.clone());
+                self.0.ended.lock().expect("no test panics here").push(None);
                 seen
             };
             self.0.happened.notify_waiters();
             for step in (self.0.script)(&seen) {
+                if let Step::CloseIdle(after) = step {
+                    self.end(&seen);
+                    let next = tokio::time::timeout(after, io.read_buf(&mut buffer)).await;
+                    if !matches!(next, Ok(Ok(1..))) {
+                        return;
+                    }
+                    break;
+                }
                 let closes = matches!(step, Step::Close);
                 if closes || !self.take(step, &mut io).await {
                     if !closes {
                         self.0.cancelled.fetch_add(1, Ordering::Relaxed);
                     }
+                    self.end(&seen);
                     return;
                 }
             }
+            self.end(&seen);
         }
+    }
+
+    fn end(&self, seen: &Seen) {
+        self.0.ended.lock().expect("no test panics here")[seen.number].get_or_insert_with(Instant::now);
     }
 
     /// Does one step; `false` when weir has closed the connection.
@@ -234,7 +260,7 @@ impl Gateway {
                 Step::Wait(time) => tokio::time::sleep(time).await,
                 Step::Gate => self.0.go_on.notified().await,
                 Step::Stall => std::future::pending().await,
-                Step::Close => {}
+                Step::Close | Step::CloseIdle(_) => {}
             }
             true
         };

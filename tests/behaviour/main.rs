@@ -6,6 +6,8 @@ mod world;
 mod edge;
 mod hang_ups;
 mod limits;
+mod metering;
 mod retries;
+mod simulation;
 mod timeouts;
 mod transparency;

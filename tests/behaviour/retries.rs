@@ -292,3 +292,18 @@ async fn with_no_retries_configured_the_client_is_left_to_its_own() {
     let answer = world.chat().await;
     assert_eq!((answer.header("x-weir-attempts"), answer.header("x-should-retry")), ("1", ""));
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_a_stale_connection_may_have_taken_along_is_charged() {
+    let script = |seen: &Seen| if seen.number == 1 { vec![Step::Close] } else { completion() };
+    let config = "[limits]\nrequests = { rate = \"1/h\", burst = 3 }\n[retry]\nmax_retries = 0\n";
+    let world = World::new(config, script);
+    let remaining = || world.metric(r#"weir_limit_remaining{scope="global",name="",unit="requests"}"#);
+    assert_eq!(world.chat().await.status, 200);
+    world.gateway.refuse_connections(2);
+    assert_eq!(world.chat().await.code(), "upstream_unreachable");
+    assert_eq!((world.gateway.seen().len(), remaining()), (2, 1.0), "the gateway has seen it");
+    assert_eq!(world.chat().await.code(), "upstream_unreachable");
+    assert_eq!((world.gateway.seen().len(), remaining()), (2, 1.0), "nothing was written");
+    world.assert_nothing_held();
+}

@@ -218,6 +218,13 @@ impl World {
         line.unwrap_or(0.0)
     }
 
+    /// The sum of a family's series that have this label, as in `outcome="ok"`; of all of them where it is empty.
+    pub fn metric_sum(&self, family: &str, label: &str) -> f64 {
+        let text = self.proxy.metrics().encode(&self.proxy.gauges());
+        let series = text.lines().filter_map(|line| line.strip_prefix(family)?.strip_prefix('{')?.rsplit_once("} "));
+        series.filter(|(labels, _)| labels.contains(label)).map(|(_, value)| value.parse().unwrap_or(0.0)).sum()
+    }
+
     /// Requests to the model that ended so.
     pub fn requests(&self, outcome: &str) -> f64 {
         self.metric(&format!(r#"weir_requests_total{{model="gpt-4.1-mini",client="-",outcome="{outcome}"}}"#))
@@ -292,6 +299,7 @@ pub async fn collect(response: Response<Incoming>) -> Answer {
         match frame.map(http_body::Frame::into_data) {
             Ok(Ok(data)) => answer.body.extend_from_slice(&data),
             Ok(Err(_trailers)) => {}
+            // hyper's HTTP/2 bodies say so for ever.
             Err(_) => {
                 answer.broken = true;
                 break;

@@ -1,0 +1,136 @@
+//! A seeded simulation: some thousand mixed requests against a gateway that does anything it can think of, and clients
+//! that leave when they like. Whatever happens, the promises hold.
+//!
+//! `WEIR_SEEDS=200 cargo test --test behaviour simulation` runs more seeds, `WEIR_SEED=17` one. A seed tells the same
+//! story each time: backoff is capped at its base, so that even weir's jitter is none.
+
+mod clients;
+mod fates;
+mod promises;
+mod rules;
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rand::rngs::SmallRng;
+use rand::{RngExt as _, SeedableRng as _};
+use tokio::time::Instant;
+
+use crate::world::World;
+use clients::{Client, Line, Record};
+use fates::Tape;
+use rules::Rules;
+
+const CLIENTS: usize = 40;
+const REQUESTS_PER_CLIENT: usize = 30;
+
+/// Of eight clients, so many share HTTP/2 connections; the others have HTTP/1.1 connections of their own.
+const HTTP2_OF_EIGHT: usize = 3;
+
+/// No client waits longer than this for its answers, all together.
+const LONGEST: Duration = Duration::from_secs(900);
+
+/// Long enough for every deadline, idle timeout and pooled connection to be over.
+const AFTERMATH: Duration = Duration::from_secs(600);
+
+#[test]
+fn whatever_happens_every_promise_holds() {
+    let number = |name| std::env::var(name).ok().map(|text: String| text.parse::<u64>().expect("a number"));
+    let seeds = number("WEIR_SEED").map_or(1..=number("WEIR_SEEDS").unwrap_or(4), |seed| seed..=seed);
+    for seed in seeds {
+        simulate(seed);
+    }
+}
+
+#[test]
+fn a_seed_tells_the_same_story_twice() {
+    assert_eq!(simulate(1), simulate(1));
+}
+
+/// Plays a seed, checks every promise, and returns what reached the gateway and when.
+fn simulate(seed: u64) -> Vec<(u128, String)> {
+    let _named = NameSeed(seed);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
+    runtime.expect("a runtime").block_on(async {
+        let story = play(seed).await;
+        println!("seed {seed}: {}", story.summary());
+        story.check();
+        story.tape.attempts().iter().map(|it| ((it.at - story.world.start).as_millis(), it.id.clone())).collect()
+    })
+}
+
+/// Says which seed it was when a check fails.
+struct NameSeed(u64);
+
+impl Drop for NameSeed {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the seed was {0}; WEIR_SEED={0} runs it alone", self.0);
+        }
+    }
+}
+
+/// What happened, as everyone saw it.
+struct Story {
+    world: World,
+    rules: Rules,
+    tape: Arc<Tape>,
+    /// What each client saw, in no order.
+    records: Vec<Record>,
+    /// `weir_retries_total`, once a second.
+    retries: Vec<(Instant, f64)>,
+}
+
+async fn play(seed: u64) -> Story {
+    let mut rng = SmallRng::seed_from_u64(seed);
+    let rules = Rules::random(&mut rng);
+    let tape = Arc::new(Tape::new(seed));
+    let world = World::new(&rules.config(), tape.script());
+    let mut shared = Vec::new();
+    for _ in 0..HTTP2_OF_EIGHT {
+        shared.push(world.http2().await);
+    }
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|number| {
+            let line = shared.get(number % 8).map_or(Line::Http1(None), |shared| Line::Http2(shared.clone()));
+            let rng = SmallRng::seed_from_u64(seed.wrapping_mul(1000) + number as u64);
+            tokio::spawn(Client::new(number, world.clone(), tape.clone(), rng, line).run(REQUESTS_PER_CLIENT))
+        })
+        .collect();
+    drop(shared);
+    let trouble = tokio::spawn(trouble_connections(world.clone(), rng));
+    let retries = Arc::new(Mutex::new(Vec::new()));
+    let watch = tokio::spawn(count_retries(world.clone(), retries.clone()));
+    let mut records = Vec::new();
+    for (number, client) in clients.into_iter().enumerate() {
+        let client = tokio::time::timeout_at(world.start + LONGEST, client).await;
+        let client = client.unwrap_or_else(|_| panic!("client {number} waits for ever"));
+        records.extend(client.expect("a client does not panic"));
+    }
+    trouble.abort();
+    watch.abort();
+    tokio::time::sleep(AFTERMATH).await;
+    let retries = retries.lock().expect("nobody panics with it").clone();
+    Story { world, rules, tape, records, retries }
+}
+
+/// At times a few connections are refused, at times none is made before weir has lost patience.
+async fn trouble_connections(world: World, mut rng: SmallRng) {
+    let mut pause = async |from, to| tokio::time::sleep(Duration::from_millis(rng.random_range(from..to))).await;
+    loop {
+        pause(500, 4000).await;
+        world.gateway.refuse_connections(3);
+        pause(500, 4000).await;
+        world.gateway.delay_connections(rules::CONNECT_TIMEOUT * 2);
+        pause(100, 2000).await;
+        world.gateway.delay_connections(Duration::ZERO);
+    }
+}
+
+async fn count_retries(world: World, counted: Arc<Mutex<Vec<(Instant, f64)>>>) {
+    loop {
+        let now = (Instant::now(), world.metric_sum("weir_retries_total", ""));
+        counted.lock().expect("nobody panics with it").push(now);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}

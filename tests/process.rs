@@ -1,0 +1,433 @@
+//! The program itself: its arguments, its files, its signals, over real sockets on this machine.
+
+use std::fmt::Write as _;
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+/// Whatever takes longer has failed.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// A stream of two seconds: long enough to look around while it runs.
+const SHORT_STREAM: [&str; 8] = ["--first-token", "10ms", "--spread", "0", "--per-token", "40ms", "--output", "50..50"];
+
+/// A stream of a minute.
+const LONG_STREAM: [&str; 8] =
+    ["--first-token", "10ms", "--spread", "0", "--per-token", "100ms", "--output", "600..600"];
+
+const CHAT: &str = r#"{"model":"gpt-4.1-mini","messages":[{"role":"user","content":"hello"}]}"#;
+
+const STREAM: &str = r#"{"model":"gpt-4.1-mini","stream":true,"messages":[{"role":"user","content":"hello"}]}"#;
+
+fn weir() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_weir"))
+}
+
+/// A program under test. It is ended when dropped.
+struct Program {
+    child: Child,
+    /// What it says, on stdout and stderr.
+    lines: Receiver<String>,
+}
+
+impl Program {
+    fn start(command: &mut Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("the binary was built");
+        let (told, lines) = channel();
+        for output in [child.stdout.take().map(boxed), child.stderr.take().map(boxed)].into_iter().flatten() {
+            let told = told.clone();
+            std::thread::spawn(move || {
+                BufReader::new(output).lines().map_while(Result::ok).try_for_each(|line| told.send(line))
+            });
+        }
+        Self { child, lines }
+    }
+
+    /// Waits for a line that contains this.
+    #[track_caller]
+    fn says(&self, what: &str) -> String {
+        let mut all = String::new();
+        let deadline = Instant::now() + DEADLINE;
+        while let Ok(line) = self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            if line.contains(what) {
+                return line;
+            }
+            writeln!(all, "{line}").expect("a String takes everything");
+        }
+        panic!("it never said {what:?}, but:\n{all}");
+    }
+
+    fn terminate(&self) {
+        let sent = Command::new("kill").arg("-TERM").arg(self.child.id().to_string()).status();
+        assert!(sent.expect("there is a kill").success());
+    }
+
+    /// Waits until it has ended by itself.
+    #[track_caller]
+    fn ends(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + DEADLINE;
+        // Its output ends when it does.
+        while Instant::now() < deadline {
+            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(_) => {}
+                Err(_) => break,
+            }
+        }
+        assert!(Instant::now() < deadline, "it did not end");
+        self.child.wait().expect("it is our child")
+    }
+}
+
+fn boxed(output: impl std::io::Read + Send + 'static) -> Box<dyn std::io::Read + Send> {
+    Box::new(output)
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A simulated gateway.
+struct Gateway {
+    _program: Program,
+    address: String,
+}
+
+impl Gateway {
+    fn start(options: &[&str]) -> Self {
+        let program = Program::start(weir().args(["simulate", "--listen", "127.0.0.1:0"]).args(options));
+        let line = program.says("http://");
+        let address = line.split("http://").nth(1).and_then(|rest| rest.split("/v1").next()).expect("an address");
+        Self { address: address.to_owned(), _program: program }
+    }
+}
+
+/// A weir that serves.
+struct Weir {
+    program: Program,
+    address: SocketAddr,
+    admin: SocketAddr,
+}
+
+impl Weir {
+    /// Before this gateway, with further tables of configuration.
+    fn start(gateway: &Gateway, config: &str) -> Self {
+        Self::start_with(&format!("http://{}/v1", gateway.address), config, |_| {})
+    }
+
+    fn start_with(base_url: &str, config: &str, prepare: impl FnOnce(&mut Command)) -> Self {
+        let config = if config.contains("[server]") { config.to_owned() } else { format!("[server]\n{config}") };
+        let ports = "[server]\nlisten = \"127.0.0.1:0\"\nadmin_listen = \"127.0.0.1:0\"\n";
+        let config = config.replacen("[server]\n", ports, 1);
+        let file = config_file(&format!("{config}\n[upstream]\nbase_url = {base_url:?}\n"));
+        let mut command = weir();
+        command.arg("serve").arg("--config").arg(&file);
+        prepare(&mut command);
+        let program = Program::start(&mut command);
+        let line: serde_json::Value = serde_json::from_str(&program.says("\"listening\"")).expect("a JSON line");
+        let address = |name: &str| line[name].as_str().and_then(|text| text.parse().ok()).expect("an address");
+        assert_eq!((line["message"].as_str(), line["level"].as_str()), (Some("listening"), Some("INFO")));
+        Self { address: address("address"), admin: address("admin"), program }
+    }
+}
+
+/// A file of its own with this text.
+fn config_file(text: &str) -> PathBuf {
+    static NUMBER: AtomicUsize = AtomicUsize::new(0);
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let file = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("{}-{number}", std::process::id()));
+    std::fs::write(&file, text).expect("cargo gives tests a directory");
+    file
+}
+
+/// An answer as it comes.
+struct Answer {
+    stream: BufReader<TcpStream>,
+    status: u16,
+    head: String,
+}
+
+impl Answer {
+    /// Its body, chunked or not, as far as it came.
+    fn rest(mut self) -> String {
+        let mut bytes = Vec::new();
+        // A reset ends it too; what has come is what counts.
+        let _ = self.stream.read_to_end(&mut bytes);
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Waits for a line of the body that contains this.
+    #[track_caller]
+    fn comes(&mut self, what: &str) {
+        let mut line = String::new();
+        while !line.contains(what) {
+            line.clear();
+            let read = self.stream.read_line(&mut line).expect("it goes on");
+            assert!(read > 0, "the answer ended before {what:?}");
+        }
+    }
+}
+
+fn ask(address: SocketAddr, method: &str, path: &str, body: &str) -> std::io::Result<Answer> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(DEADLINE))?;
+    let length = body.len();
+    let head = format!("{method} {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\ncontent-length: {length}");
+    stream.write_all(format!("{head}\r\ncontent-type: application/json\r\n\r\n{body}").as_bytes())?;
+    let mut stream = BufReader::new(stream);
+    let mut head = String::new();
+    while !head.ends_with("\r\n\r\n") {
+        if stream.read_line(&mut head)? == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).expect("a status line");
+    Ok(Answer { stream, status, head })
+}
+
+fn get(address: SocketAddr, path: &str) -> (u16, String) {
+    let answer = ask(address, "GET", path, "").expect("an answer");
+    (answer.status, answer.rest())
+}
+
+fn chat(address: SocketAddr, body: &str) -> Answer {
+    ask(address, "POST", "/v1/chat/completions", body).expect("an answer")
+}
+
+fn run(command: &mut Command) -> (Option<i32>, String, String) {
+    let Output { status, stdout, stderr } = command.output().expect("the binary was built");
+    let text = |bytes| String::from_utf8(bytes).expect("text");
+    (status.code(), text(stdout), text(stderr))
+}
+
+// Serving.
+
+#[test]
+fn it_says_where_it_listens_and_serves_clients_and_operators() {
+    let gateway = Gateway::start(&["--first-token", "1ms", "--per-token", "1ms"]);
+    let weir = Weir::start(&gateway, "");
+    assert_eq!(get(weir.admin, "/livez"), (200, "alive\n".to_owned()));
+    assert_eq!(get(weir.admin, "/readyz"), (200, "ready\n".to_owned()));
+    let answer = chat(weir.address, CHAT);
+    assert_eq!(answer.status, 200);
+    assert!(answer.head.contains("x-weir-attempts: 1\r\n"), "{}", answer.head);
+    assert!(answer.rest().contains("\"choices\""));
+    let streamed = chat(weir.address, STREAM).rest();
+    assert!(streamed.contains("data: [DONE]") && streamed.ends_with("0\r\n\r\n"), "{streamed}");
+    let (status, metrics) = get(weir.admin, "/metrics");
+    assert_eq!(status, 200);
+    assert!(metrics.contains(r#"weir_requests_total{model="gpt-4.1-mini",client="-",outcome="ok"} 2"#), "{metrics}");
+}
+
+// Signals.
+
+#[test]
+fn sigterm_lets_a_stream_run_to_its_end_and_nobody_else_in() {
+    let gateway = Gateway::start(&SHORT_STREAM);
+    let mut weir = Weir::start(&gateway, "");
+    let mut stream = chat(weir.address, STREAM);
+    stream.comes("data: ");
+    weir.program.terminate();
+    weir.program.says("\"draining\"");
+    assert_eq!(get(weir.admin, "/readyz"), (503, "draining\n".to_owned()));
+    assert_eq!(get(weir.admin, "/livez").0, 200, "it still lives");
+    let deadline = Instant::now() + DEADLINE;
+    while TcpStream::connect(weir.address).is_ok() {
+        assert!(Instant::now() < deadline, "new connections are still accepted");
+        std::thread::yield_now();
+    }
+    let rest = stream.rest();
+    assert!(rest.contains("data: [DONE]") && rest.ends_with("0\r\n\r\n"), "{rest}");
+    assert_eq!(weir.program.ends().code(), Some(0));
+}
+
+#[test]
+fn sigterm_ends_it_at_once_when_nothing_runs() {
+    let gateway = Gateway::start(&["--per-token", "1ms"]);
+    let mut weir = Weir::start(&gateway, "");
+    // A connection that is kept alive does not keep it.
+    let idle = TcpStream::connect(weir.address).expect("it listens");
+    chat(weir.address, CHAT).rest();
+    let begun = Instant::now();
+    weir.program.terminate();
+    assert_eq!(weir.program.ends().code(), Some(0));
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    drop(idle);
+}
+
+#[test]
+fn a_stream_longer_than_the_drain_is_visibly_cut() {
+    let gateway = Gateway::start(&LONG_STREAM);
+    let mut weir = Weir::start(&gateway, "[server]\ndrain = \"1s\"\n");
+    let mut stream = chat(weir.address, STREAM);
+    stream.comes("data: ");
+    let begun = Instant::now();
+    weir.program.terminate();
+    assert_eq!(weir.program.ends().code(), Some(0));
+    let took = begun.elapsed();
+    assert!((Duration::from_secs(1)..Duration::from_secs(10)).contains(&took), "{took:?}");
+    let rest = stream.rest();
+    assert!(!rest.contains("[DONE]") && !rest.ends_with("0\r\n\r\n"), "{rest}");
+}
+
+#[test]
+fn a_second_sigterm_ends_it_at_once() {
+    let gateway = Gateway::start(&LONG_STREAM);
+    let mut weir = Weir::start(&gateway, "");
+    let mut stream = chat(weir.address, STREAM);
+    stream.comes("data: ");
+    weir.program.terminate();
+    weir.program.says("\"draining\"");
+    let begun = Instant::now();
+    weir.program.terminate();
+    assert_eq!(weir.program.ends().code(), Some(0));
+    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert!(!stream.rest().contains("[DONE]"));
+}
+
+// Configuration and arguments.
+
+#[test]
+fn a_bad_configuration_is_refused_with_every_complaint_and_no_secret() {
+    let file = config_file(
+        "[server]\nlisten = \"nowhere\"\nmax_bodyy = \"1MiB\"\n[upstream]\nbase_url = \"ftp://gateway\"\n\
+         api_key = \"sk-very-secret\"\n[limits]\nrequests = \"600\"\n[timeouts]\nconnect = \"soon\"\n",
+    );
+    for command in ["serve", "check"] {
+        let (code, stdout, stderr) = run(weir().arg(command).arg("--config").arg(&file));
+        assert_eq!(code, Some(78), "{stderr}");
+        for path in ["server.listen", "max_bodyy", "upstream.base_url", "limits.requests", "timeouts.connect"] {
+            assert!(stderr.contains(path), "{path} is missing in\n{stderr}");
+        }
+        assert!(!stderr.contains("very-secret") && stdout.is_empty(), "{stderr}\n{stdout}");
+    }
+    let (code, _, stderr) = run(weir().args(["check", "--config", "/nowhere/weir.toml"]));
+    assert_eq!(code, Some(78));
+    assert!(stderr.contains("/nowhere/weir.toml"), "{stderr}");
+}
+
+#[test]
+fn check_prints_what_is_in_force_and_masks_secrets() {
+    let file = config_file("[upstream]\napi_key = \"sk-very-secret\"\n[models.\"gpt-4.1-mini\"]\nconcurrency = 8\n");
+    let (code, stdout, stderr) = run(weir().arg("check").arg("--config").arg(&file));
+    assert_eq!((code, stderr.as_str()), (Some(0), ""));
+    for line in ["listen = \"127.0.0.1:8080\"", "[models.\"gpt-4.1-mini\"]", "concurrency = 8", "api_key = "] {
+        assert!(stdout.contains(line), "{line} is missing in\n{stdout}");
+    }
+    assert!(!stdout.contains("very-secret"), "{stdout}");
+    let (code, defaults, _) = run(weir().arg("check"));
+    assert_eq!(code, Some(0));
+    assert!(defaults.contains("base_url = "), "{defaults}");
+}
+
+#[test]
+fn a_port_that_is_taken_is_named_with_its_option() {
+    let taken = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = taken.local_addr().expect("bound").to_string();
+    for (option, other) in [("listen", "admin_listen"), ("admin_listen", "listen")] {
+        let file = config_file(&format!("[server]\n{option} = \"{address}\"\n{other} = \"127.0.0.1:0\"\n"));
+        let (code, _, stderr) = run(weir().arg("--config").arg(&file));
+        assert_eq!(code, Some(1), "{stderr}");
+        assert!(stderr.contains(&address) && stderr.contains(&format!("server.{option}")), "{stderr}");
+    }
+}
+
+#[test]
+fn arguments_that_are_unknown_are_refused_and_help_is_given() {
+    for arguments in [&["--confg", "x"][..], &["server"], &["serve", "--exit"], &["check", "--config"]] {
+        let (code, stdout, stderr) = run(weir().args(arguments));
+        assert_eq!((code, stdout.as_str()), (Some(2), ""), "{arguments:?}: {stderr}");
+        assert!(stderr.contains("weir --help"), "{stderr}");
+    }
+    for (arguments, word) in
+        [(&["--help"][..], "USAGE"), (&["serve", "-h"], "USAGE"), (&["--version"], env!("CARGO_PKG_VERSION"))]
+    {
+        let (code, stdout, stderr) = run(weir().args(arguments));
+        assert_eq!((code, stderr.as_str()), (Some(0), ""));
+        assert!(stdout.contains(word), "{stdout}");
+    }
+    let (code, stdout, _) = run(weir().args(["simulate", "--help"]));
+    assert!(code == Some(0) && stdout.contains("--first-token"), "{stdout}");
+}
+
+#[test]
+fn unknown_arguments_of_simulate_are_wrong_arguments_too() {
+    let (code, _, stderr) = run(weir().args(["simulate", "--first-tokn", "1s"]));
+    assert_eq!(code, Some(2), "{stderr}");
+    assert!(stderr.contains("--first-tokn"), "{stderr}");
+}
+
+// TLS.
+
+/// A gateway that answers every chat over TLS, with a certificate that it signed itself: its address, and the certificate.
+fn tls_gateway() -> (SocketAddr, String) {
+    use tokio_rustls::rustls::ServerConfig;
+    use tokio_rustls::rustls::pki_types::PrivatePkcs8KeyDer;
+
+    let own = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).expect("a certificate");
+    let (certificate, pem) = (own.cert.der().clone(), own.cert.pem());
+    let key = PrivatePkcs8KeyDer::from(own.signing_key.serialize_der()).into();
+    let config = ServerConfig::builder().with_no_client_auth().with_single_cert(vec![certificate], key);
+    let acceptor = tokio_rustls::TlsAcceptor::from(std::sync::Arc::new(config.expect("key and certificate match")));
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("bound");
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        runtime.block_on(async {
+            listener.set_nonblocking(true).expect("sockets can");
+            let listener = tokio::net::TcpListener::from_std(listener).expect("a listener");
+            while let Ok((tcp, _)) = listener.accept().await {
+                // A client that does not trust it breaks off.
+                if let Ok(tls) = acceptor.accept(tcp).await {
+                    answer_once(tls).await;
+                }
+            }
+        });
+    });
+    (address, pem)
+}
+
+async fn answer_once(mut tls: impl tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut request = Vec::new();
+    while !request.ends_with(CHAT.as_bytes()) {
+        if tls.read_buf(&mut request).await.unwrap_or(0) == 0 {
+            return;
+        }
+    }
+    let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 14\r\nconnection: close\r\n\r\n{\"choices\":[]}";
+    tls.write_all(answer).await.expect("weir reads");
+    tls.shutdown().await.expect("weir reads");
+}
+
+#[test]
+fn a_gateway_is_trusted_by_its_certificate_authority_only() {
+    let (address, pem) = tls_gateway();
+    let other = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).expect("a certificate").cert.pem();
+    let base_url = format!("https://localhost:{}/v1", address.port());
+    let start = |trusted: &str| {
+        let file = config_file(trusted);
+        Weir::start_with(&base_url, "[retry]\nmax_retries = 0\n", |command| {
+            command.env("SSL_CERT_FILE", file).env_remove("SSL_CERT_DIR");
+        })
+    };
+    let trusting = start(&pem);
+    let answer = chat(trusting.address, CHAT);
+    assert_eq!((answer.status, answer.rest().as_str()), (200, "{\"choices\":[]}"));
+
+    let distrusting = start(&other);
+    let answer = chat(distrusting.address, CHAT);
+    assert_eq!(answer.status, 502);
+    let text = answer.rest();
+    let error: serde_json::Value = serde_json::from_str(&text).expect("an error is JSON");
+    assert_eq!(error["error"]["code"], "upstream_unreachable");
+    let message = error["error"]["message"].as_str().expect("a message");
+    assert!(message.contains("TLS") && message.contains("certificate"), "{message}");
+}
