@@ -110,7 +110,7 @@ impl Limit {
 
     /// When the next one who is refused should come back, if not before `earliest`: each a step later than the last, so
     /// that they do not return as one herd. Those who come back all the same, or never, must not push the others' return
-    /// away without end: the spread is [`MAX_SPREAD`] at most.
+    /// away without end: the spread is 30 s at most.
     pub fn promise(&mut self, earliest: Instant) -> Instant {
         let step = match &self.measure {
             Measure::Requests(bucket) => bucket.rate().interval(),
