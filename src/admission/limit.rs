@@ -8,7 +8,6 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::bucket::Bucket;
-use super::queue::{FlowId, Rank};
 use super::slots::Slots;
 use crate::error::Cause;
 
@@ -32,6 +31,14 @@ impl fmt::Display for Scope {
 
 /// How far apart those who are refused together are told to return.
 const MAX_SPREAD: Duration = Duration::from_secs(30);
+
+/// The order of arrival; a retry keeps that of its first attempt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Rank(pub u64);
+
+/// A flow's place in the queue's list of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FlowId(pub(super) usize);
 
 /// A limit's place in the queue's list of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -32,8 +32,8 @@ use queue::{Ask, Grant, Offer, Queue, Rules, Ticket};
 use slots::Slots;
 
 pub use bytes::{ByteBudget, HeldBytes};
-pub use limit::Scope;
-pub use queue::{Lane, Rank};
+pub use limit::{Rank, Scope};
+pub use queue::Lane;
 pub use refusal::Refusal;
 
 /// Where an adaptive lane starts.

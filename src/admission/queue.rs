@@ -17,14 +17,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::limit::{Limit, LimitId, Measure, Scope};
+use super::limit::{FlowId, Limit, LimitId, Measure, Rank, Scope};
 use super::refusal::Refusal;
 use crate::error::Cause;
 use crate::models::ModelId;
-
-/// The order of arrival; a retry keeps that of its first attempt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Rank(pub u64);
 
 /// Those who share what is learned about the gateway: one upstream credential (by fingerprint) and one model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -32,10 +28,6 @@ pub struct Lane {
     pub credential: u64,
     pub model: ModelId,
 }
-
-/// A flow's place in the list of them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct FlowId(usize);
 
 /// Lanes kept at once. Beyond it the idle ones are forgotten, and if none is idle, newcomers share one lane a model.
 pub const MAX_LANES: usize = 4096;
