@@ -6,6 +6,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use crate::config::STAND_INS;
+
 /// How many names are learned from successful answers, besides those of the configuration.
 pub const MAX_LEARNED: usize = 256;
 
@@ -46,13 +48,14 @@ impl Models {
     /// Knows the configuration's names from the start.
     pub fn new<'n>(configured: impl IntoIterator<Item = &'n str>) -> Self {
         let mut names = Names { by_name: HashMap::new(), by_id: Vec::new() };
-        names.add("-");
-        names.add("other");
+        for stand_in in STAND_INS {
+            names.add(stand_in);
+        }
         for name in configured {
             names.add(name);
         }
         // A client that names its model "-" must not be counted among the calls that name none.
-        names.by_name.insert("-".into(), ModelId::OTHER);
+        names.by_name.insert(STAND_INS[ModelId::NONE.index()].into(), ModelId::OTHER);
         let capacity = names.by_id.len() + MAX_LEARNED;
         Self { names: RwLock::new(names), capacity }
     }

@@ -226,6 +226,36 @@ fn it_says_where_it_listens_and_serves_clients_and_operators() {
     assert!(metrics.contains(r#"weir_requests_total{model="gpt-4.1-mini",client="-",outcome="ok"} 2"#), "{metrics}");
 }
 
+#[test]
+fn beyond_max_connections_a_client_waits_until_another_leaves() {
+    let gateway = Gateway::start(&["--first-token", "1ms", "--per-token", "1ms"]);
+    let weir = Weir::start(&gateway, "max_connections = 1");
+    let request = "GET /v1/models HTTP/1.1\r\nhost: weir\r\n\r\n";
+    let begin = || {
+        let mut client = TcpStream::connect(weir.address).expect("the kernel takes the connection");
+        client.write_all(request.as_bytes()).expect("the kernel takes the bytes");
+        client
+    };
+    let mut first = begin();
+    let mut bytes = [0; 64];
+    assert!(first.read(&mut bytes).expect("answered") > 0);
+    let mut second = begin();
+    second.set_read_timeout(Some(Duration::from_millis(300))).expect("a timeout");
+    second.read(&mut bytes).expect_err("nobody has accepted it");
+    drop(first);
+    second.set_read_timeout(Some(Duration::from_secs(30))).expect("a timeout");
+    assert!(second.read(&mut bytes).expect("answered") > 0);
+}
+
+#[test]
+fn the_log_is_text_where_it_is_asked_for() {
+    let file =
+        config_file("[server]\nlisten = \"127.0.0.1:0\"\nadmin_listen = \"127.0.0.1:0\"\n[log]\nformat = \"text\"\n");
+    let program = Program::start(weir().arg("serve").arg("--config").arg(&file));
+    let line = program.says("listening");
+    assert!(line.contains("INFO listening address=127.0.0.1:") && !line.starts_with('{'), "{line}");
+}
+
 // Signals.
 
 #[test]

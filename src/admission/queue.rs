@@ -220,7 +220,9 @@ impl<W> Queue<W> {
         let blocker = match place {
             Place::Parked(limit) => limit,
             // Between two pumps nobody is merely ready; whatever is tightest will do.
-            Place::Ready { .. } | Place::Empty => *self.flows[ticket.flow.0].path.first()?,
+            Place::Ready { .. } | Place::Empty => {
+                *self.flows[ticket.flow.0].path.first().expect("nobody waits where there is no limit")
+            }
         };
         let cause = self.limits[blocker.0].cause();
         Some(self.refuse(ticket.flow, blocker, cause, waiter.max_wait, now))
@@ -524,7 +526,12 @@ impl<W> Queue<W> {
         let ahead = self.ahead(by, id);
         let limit = &mut self.limits[by.0];
         let wait = limit.expected_at(1 + ahead, now) - now;
-        let back = limit.promise(now + wait.saturating_sub(allowed).max(Duration::from_millis(1)));
+        let mut earliest = now + wait.saturating_sub(allowed).max(Duration::from_millis(1));
+        if cause == Cause::QueueFull {
+            // There is a place in the queue when the first in line has left it.
+            earliest = earliest.max(limit.expected_at(1, now));
+        }
+        let back = limit.promise(earliest);
         Refusal {
             cause,
             scope: Some(limit.scope.clone()),

@@ -23,6 +23,9 @@ pub use secret::Secret;
 pub use units::Rate;
 pub use upstream_url::UpstreamUrl;
 
+/// The labels that stand for no model and for every model not known by name: no model can be called that.
+pub const STAND_INS: [&str; 2] = ["-", "other"];
+
 /// Everything an operator can choose, checked. The names are those of config.toml, where each is explained.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
@@ -204,6 +207,13 @@ impl Config {
         let upstream = Upstream::read(&root.section("upstream"), env);
         let limits = Limits::read(&root.section("limits"));
         let models = root.sections("models");
+        for (name, section) in &models {
+            if STAND_INS.contains(name) {
+                section.complain_of_it(
+                    "is weir's own word for models that it does not know by name; write [models.\"*\"]",
+                );
+            }
+        }
         Self {
             models: models.iter().map(|(name, section)| (name.to_string(), ModelLimits::read(section))).collect(),
             server: Server::read(&root.section("server"), &upstream),

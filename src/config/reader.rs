@@ -166,6 +166,11 @@ impl<'s> Section<'s> {
         self.document.complain(line, self.path_of(key), message);
     }
 
+    /// Complains about the section itself.
+    pub fn complain_of_it(&self, message: &str) {
+        self.document.complain(self.line, self.path.clone(), message);
+    }
+
     fn complain_at(&self, line: usize, key: &str, message: impl Into<String>) {
         self.document.complain(Some(line), self.path_of(key), message);
     }

@@ -10,6 +10,14 @@ fn complaints(source: &str) -> Vec<String> {
 }
 
 #[test]
+fn a_model_cannot_take_the_name_of_those_that_have_none() {
+    for name in ["other", "-"] {
+        let complaints = Config::parse(&format!("[models.{name}]\nconcurrency = 1"), &|_| None).expect_err("taken");
+        assert!(complaints.to_string().starts_with(&format!("line 1: models.{name}: ")), "{complaints}");
+    }
+}
+
+#[test]
 fn an_empty_file_is_a_whole_configuration() {
     let config = parse("").expect("nothing is required");
     assert_eq!(config.upstream.base_url.to_string(), "https://api.holysheep.ai/v1");

@@ -312,14 +312,17 @@ impl Proxy {
     fn applicant(&self, call: &Call, arrived: Instant) -> Applicant {
         let config = &self.shared.config;
         let mut max_wait = config.queue.max_wait.min(call.patience.unwrap_or(Duration::MAX));
+        let mut until = arrived + max_wait.min(config.timeouts.deadline);
         if !call.body.is_whole() {
             max_wait = max_wait.min(MAX_UPLOAD_WAIT);
+            // From now: its beginning may have taken longer than that to come.
+            until = until.min(Instant::now() + max_wait);
         }
         Applicant {
             lane: Lane { credential: call.credential, model: call.model },
             rank: self.shared.gate.next_rank(),
             max_wait,
-            until: arrived + max_wait.min(config.timeouts.deadline),
+            until,
         }
     }
 
@@ -352,18 +355,23 @@ impl Proxy {
     /// Sends the request and waits for the head of its answer.
     ///
     /// A pooled connection may have been closed by the gateway in the very moment in which it was taken. What was not
-    /// written then goes over another one; what was is sent once more, over a new one, if that does no harm. It costs no
-    /// retry, but counts as an attempt, and against the quota.
+    /// written then goes over a new one; so does, once more, what was, if that does no harm. It costs no retry, but
+    /// counts as an attempt, and against the quota.
     async fn exchange(&self, call: &mut Call, permit: &mut Permit, ledger: &mut Ledger) -> Result<Exchange, SendError> {
         let repeatable = call.is_repeatable();
         let (mut payload, mut fresh) = (call.body.payload(), false);
         loop {
             let connection = self.upstream.connection(repeatable, fresh).await?;
+            let reused = connection.reused;
             permit.spend();
             match self.upstream.send(connection, &call.outgoing, payload).await {
                 Err(SendError::Unsent(unsent)) => {
                     permit.was_not_written();
-                    payload = unsent;
+                    // A gateway that closes new connections at once is one that cannot be reached.
+                    if !reused {
+                        return Err(SendError::Unsent(unsent));
+                    }
+                    (payload, fresh) = (unsent, true);
                 }
                 Err(SendError::Stale(_)) if repeatable && call.body.is_whole() => {
                     ledger.attempt_ends(AttemptResult::Reset);
@@ -601,9 +609,8 @@ fn unanswered(error: &SendError, call: &Call) -> Tried {
         SendError::Connect(_) => (Ending::ConnectFailed, AttemptResult::ConnectError, Cause::Unreachable),
         SendError::ConnectTimeout(_) => (Ending::ConnectFailed, AttemptResult::ConnectError, Cause::ConnectTimeout),
         SendError::InvalidResponse(_) => (Ending::Broken, AttemptResult::Reset, Cause::InvalidResponse),
-        SendError::Unsent(_) | SendError::Stale(_) | SendError::Broken(_) => {
-            (Ending::Broken, AttemptResult::Reset, Cause::Disconnected)
-        }
+        SendError::Unsent(_) => (Ending::ConnectFailed, AttemptResult::ConnectError, Cause::Unreachable),
+        SendError::Stale(_) | SendError::Broken(_) => (Ending::Broken, AttemptResult::Reset, Cause::Disconnected),
     };
     Tried { ending, result, outcome: Err(Failure::new(cause, format!("no answer from the gateway: {error}"))) }
 }

@@ -125,9 +125,9 @@ impl<I> Edge<I> {
     /// answer that says what is wrong.
     fn own_words(&self, bytes: &[u8]) -> Option<Vec<u8>> {
         let status = bytes.strip_prefix(b"HTTP/1.1 ")?.get(..3)?;
-        // An answer that came from the proxy has a request id, whoever gave it.
-        let is_hypers = bytes.ends_with(b"\r\n\r\n") && memchr::memmem::find(bytes, b"\r\nx-request-id:").is_none();
-        if self.activity.begun_and_active().1 > 0 || !is_hypers {
+        // What came from the proxy may be written after its request has ended: a head has more fields than hyper's own, and
+        // the end of a body does not look like one.
+        if self.activity.begun_and_active().1 > 0 || !is_hypers(bytes) {
             return None;
         }
         let failure = match status {
@@ -143,6 +143,13 @@ impl<I> Edge<I> {
         };
         Some(serialize(&failure))
     }
+}
+
+/// Whether this is a whole head with the fields that hyper gives an answer of its own, and no others.
+fn is_hypers(bytes: &[u8]) -> bool {
+    let head = bytes.strip_suffix(b"\r\n\r\n").and_then(|head| std::str::from_utf8(head).ok());
+    let of_hyper = |line: &str| matches!(line, "connection: close" | "content-length: 0") || line.starts_with("date: ");
+    head.is_some_and(|head| head.contains("\r\ncontent-length: 0\r\n") && head.split("\r\n").skip(1).all(of_hyper))
 }
 
 /// An error answer in bytes, for a connection that is closed after it.
@@ -221,6 +228,7 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Edge<I> {
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let edge = self.get_mut();
         if let Poll::Ready(flushed) = Pin::new(&mut edge.io).poll_flush(cx) {
+            edge.write_alarm.disarm();
             return Poll::Ready(flushed);
         }
         edge.write_alarm.poll_after(edge.limits.write, cx)

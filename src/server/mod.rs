@@ -272,15 +272,23 @@ async fn work(
     open: Arc<AtomicUsize>,
 ) {
     while let Some(Accepted { stream, drain, permit }) = inbox.recv().await {
-        let (proxy, settings, open) = (proxy.clone(), settings.clone(), open.clone());
+        let (proxy, settings, place) = (proxy.clone(), settings.clone(), Place(open.clone()));
         tokio::spawn(async move {
             match prepare(stream) {
                 Ok(stream) => serve_connection(stream, proxy, &settings, drain).await,
                 Err(error) => tracing::debug!(%error, "a connection was lost on its way"),
             }
-            open.fetch_sub(1, Ordering::Relaxed);
-            drop(permit);
+            drop((place, permit));
         });
+    }
+}
+
+/// A connection among those of its worker; given back when dropped.
+struct Place(Arc<AtomicUsize>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

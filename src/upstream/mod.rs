@@ -205,7 +205,7 @@ fn is_stale(error: &hyper::Error) -> bool {
 }
 
 impl AnswerBody {
-    /// The declared length of the body, where it has one.
+    /// Whether all of it was read.
     pub fn is_end_stream(&self) -> bool {
         self.incoming.is_end_stream()
     }

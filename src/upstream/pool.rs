@@ -40,20 +40,40 @@ pub struct Connection {
     /// It has carried a request before.
     pub reused: bool,
     retires: Instant,
+    /// While it is not in the pool.
+    #[expect(dead_code, reason = "it is there to be dropped")]
+    active: Option<Active>,
 }
 
 /// How many connections there are, all pools together.
 #[derive(Debug, Default)]
 pub struct ConnectionCounts {
     open: AtomicU64,
-    idle: AtomicU64,
+    active: AtomicU64,
+}
+
+/// Counts a connection among those that carry a request, until dropped.
+#[derive(Debug)]
+struct Active(Arc<ConnectionCounts>);
+
+impl Active {
+    fn new(counts: &Arc<ConnectionCounts>) -> Self {
+        counts.active.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(counts))
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.0.active.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl ConnectionCounts {
     /// Connections that carry a request, and connections that wait for one.
     pub fn active_and_idle(&self) -> (u64, u64) {
-        let idle = self.idle.load(Ordering::Relaxed);
-        (self.open.load(Ordering::Relaxed).saturating_sub(idle), idle)
+        let active = self.active.load(Ordering::Relaxed);
+        (active, self.open.load(Ordering::Relaxed).saturating_sub(active))
     }
 }
 
@@ -85,13 +105,12 @@ impl Pool {
         let now = Instant::now();
         let longest = if max_idle == MaxIdle::Once { MAX_IDLE_ONCE } else { MAX_IDLE };
         let mut idle = self.lock();
-        let before = idle.connections.len();
-        idle.connections.retain(|(_, connection)| !connection.sender.is_closed() && now < connection.retires);
-        let usable =
-            |(since, connection): &(Instant, Connection)| connection.sender.is_ready() && now - *since < longest;
+        let usable = |(since, connection): &(Instant, Connection)| {
+            connection.sender.is_ready() && now < connection.retires && now - *since < longest
+        };
+        // The newest is usable as a rule; what is passed over is left to the sweep.
         let taken = idle.connections.iter().rposition(usable).map(|at| idle.connections.remove(at).1);
-        self.counts.idle.fetch_sub((before - idle.connections.len()) as u64, Ordering::Relaxed);
-        taken
+        taken.map(|connection| Connection { active: Some(Active::new(&self.counts)), ..connection })
     }
 
     /// Takes in a new connection, whose driver runs until it is closed.
@@ -104,19 +123,18 @@ impl Pool {
             counts.open.fetch_sub(1, Ordering::Relaxed);
         });
         let age = MAX_AGE - MAX_AGE.mul_f64(rand::rng().random_range(0.0..0.2));
-        Connection { sender, reused: false, retires: Instant::now() + age }
+        Connection { sender, reused: false, retires: Instant::now() + age, active: Some(Active::new(&self.counts)) }
     }
 
     /// Takes a connection back whose answer was read to its end.
     pub fn give_back(&self, connection: Connection) {
-        let connection = Connection { reused: true, ..connection };
+        let connection = Connection { reused: true, active: None, ..connection };
         let now = Instant::now();
         if connection.sender.is_closed() || now >= connection.retires {
             return;
         }
         let mut idle = self.lock();
         idle.connections.push((now, connection));
-        self.counts.idle.fetch_add(1, Ordering::Relaxed);
         if !std::mem::replace(&mut idle.swept, true) {
             tokio::spawn(sweep(self.me.clone()));
         }
@@ -126,11 +144,9 @@ impl Pool {
     fn close_old(&self) -> Option<Instant> {
         let now = Instant::now();
         let mut idle = self.lock();
-        let before = idle.connections.len();
         idle.connections.retain(|(since, connection)| {
             !connection.sender.is_closed() && now < connection.retires && now - *since < MAX_IDLE
         });
-        self.counts.idle.fetch_sub((before - idle.connections.len()) as u64, Ordering::Relaxed);
         let oldest = idle.connections.iter().map(|(since, _)| *since).min();
         idle.swept = oldest.is_some();
         oldest.map(|since| since + MAX_IDLE)
@@ -138,13 +154,6 @@ impl Pool {
 
     fn lock(&self) -> MutexGuard<'_, IdleList> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Pool {
-    fn drop(&mut self) {
-        let idle = self.lock().connections.len() as u64;
-        self.counts.idle.fetch_sub(idle, Ordering::Relaxed);
     }
 }
 

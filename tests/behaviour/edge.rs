@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use http_body_util::BodyExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::gateway::{Step, answer, chunk, completion, error, event, stream_head};
 use crate::world::{Answer, CHAT, STREAM, World, chat};
@@ -476,4 +477,28 @@ async fn malformed_json_is_the_gateways_to_judge() {
         assert_eq!(world.gateway.seen()[number].body, body.as_bytes());
     }
     world.assert_nothing_held();
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upload_that_begins_slowly_still_waits_for_its_slot() {
+    let world = World::new("[limits]\nconcurrency = 1", |seen| {
+        let mut steps = vec![Step::Wait(Duration::from_secs(3))];
+        steps.extend(if seen.number == 0 { completion() } else { answer(200, &[], "{}") });
+        steps
+    });
+    let mut io = world.connect();
+    let begun = vec![b'x'; 1 << 20];
+    io.write_all(b"POST /v1/files HTTP/1.1\r\nhost: a\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n")
+        .await
+        .expect("written");
+    io.write_all(b"100000\r\n").await.expect("written");
+    io.write_all(&begun).await.expect("written");
+    tokio::time::sleep(Duration::from_secs(11)).await;
+    let first = world.spawn(chat(CHAT));
+    world.gateway.saw(1).await;
+    io.write_all(b"\r\n1\r\nx\r\n0\r\n\r\n").await.expect("written");
+    let mut all = String::new();
+    io.read_to_string(&mut all).await.expect("read");
+    assert!(all.starts_with("HTTP/1.1 200"), "{all}");
+    assert_eq!(first.await.expect("served").status, 200);
 }

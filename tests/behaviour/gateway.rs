@@ -69,6 +69,8 @@ struct State {
     cancelled: AtomicUsize,
     /// Connections to refuse before any is made.
     refuse: AtomicUsize,
+    /// Connections to close as soon as they are made.
+    hang_up: AtomicUsize,
     /// How long a connection takes to be made.
     connect_delay: Mutex<Duration>,
     /// Answers follow a request's head, without its body being read first.
@@ -91,6 +93,7 @@ impl Gateway {
             open: AtomicUsize::new(0),
             cancelled: AtomicUsize::new(0),
             refuse: AtomicUsize::new(0),
+            hang_up: AtomicUsize::new(0),
             connect_delay: Mutex::default(),
             early: AtomicBool::new(false),
             received: AtomicUsize::new(0),
@@ -103,6 +106,11 @@ impl Gateway {
     /// Refuses the next `count` connections.
     pub fn refuse_connections(&self, count: usize) {
         self.0.refuse.store(count, Ordering::Relaxed);
+    }
+
+    /// Closes the next `count` connections as soon as they are made.
+    pub fn hang_up_on(&self, count: usize) {
+        self.0.hang_up.store(count, Ordering::Relaxed);
     }
 
     /// Takes so long to accept a connection.
@@ -200,6 +208,9 @@ impl Gateway {
             ));
         }
         let (ours, theirs) = tokio::io::duplex(64 << 10);
+        if self.0.hang_up.fetch_update(Ordering::Relaxed, Ordering::Relaxed, refusing).is_ok() {
+            return Ok(Box::new(ours));
+        }
         let connection = self.0.connections.fetch_add(1, Ordering::Relaxed);
         self.0.open.fetch_add(1, Ordering::Relaxed);
         tokio::spawn(async move {

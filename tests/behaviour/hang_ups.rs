@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use http_body_util::BodyExt as _;
+use tokio::io::AsyncWriteExt as _;
 
 use crate::gateway::{Step, event, stream_head};
 use crate::world::{CHAT, STREAM, World, chat};
@@ -120,4 +121,22 @@ async fn an_http2_client_that_never_opens_its_window_loses_its_slot() {
     world.settle().await;
     world.assert_nothing_held();
     assert_eq!(disconnects(&world, "stream"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_upload_that_waits_hides_its_hang_up_for_ten_seconds_and_no_longer() {
+    let world = World::new("[limits]\nconcurrency = 1\n", |_| vec![Step::Stall]);
+    let _holder = world.spawn(chat(CHAT));
+    world.gateway.saw(1).await;
+    let mut upload = world.connect_with_buffer(4 << 20);
+    let head = "POST /v1/files HTTP/1.1\r\nhost: weir.test\r\ncontent-length: 2000000\r\n\r\n";
+    upload.write_all(head.as_bytes()).await.expect("written");
+    world.settle().await;
+    let waiting = || world.metric(r#"weir_waiting{model="-"}"#);
+    drop(upload);
+    world.settle().await;
+    assert_eq!(waiting(), 1.0, "hyper does not read on, and so does not see the end");
+    tokio::time::sleep(Duration::from_secs(11)).await;
+    assert_eq!(waiting(), 0.0);
+    assert_eq!(world.gateway.seen().len(), 1);
 }

@@ -152,3 +152,17 @@ async fn an_opaque_call_passes_the_same_gate() {
     assert_eq!(world.times(), [0, 1000, 2000]);
     world.assert_nothing_held();
 }
+
+#[tokio::test(start_paused = true)]
+async fn who_finds_the_queue_full_is_told_when_there_is_a_place_in_it() {
+    let limits = "[limits]\nrequests = { rate = \"1/s\", burst = 1 }\n[queue]\nmax_waiting = 1";
+    let world = World::new(limits, |_| completion());
+    world.chat().await;
+    let waiting = world.spawn(chat(CHAT));
+    world.settle().await;
+    let refused = world.chat().await;
+    assert_eq!(refused.code(), "queue_full");
+    tokio::time::sleep(Duration::from_millis(refused.header("retry-after-ms").parse().expect("a number"))).await;
+    assert_eq!(world.chat().await.status, 200);
+    assert_eq!(waiting.await.expect("served").status, 200);
+}

@@ -307,3 +307,16 @@ async fn a_request_that_a_stale_connection_may_have_taken_along_is_charged() {
     assert_eq!((world.gateway.seen().len(), remaining()), (2, 1.0), "nothing was written");
     world.assert_nothing_held();
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_gateway_that_closes_new_connections_is_not_tried_without_end() {
+    let world = World::new("[limits]\nrequests = { rate = \"1/h\", burst = 1 }", |_| completion());
+    world.gateway.hang_up_on(1_000_000);
+    let began = tokio::time::Instant::now();
+    let answer = tokio::time::timeout(Duration::from_secs(60), world.chat()).await.expect("an answer");
+    assert_eq!((answer.code().as_str(), answer.header("x-weir-attempts")), ("upstream_unreachable", "4"));
+    assert!(began.elapsed() > Duration::from_secs(1));
+    world.assert_nothing_held();
+    world.gateway.hang_up_on(0);
+    assert_eq!(world.chat().await.status, 200, "nothing was written, so the cell is still there");
+}

@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{Method, Request};
 use http_body_util::{BodyExt as _, Full};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::gateway::{Seen, Step, answer, completion, error, event, stream, stream_head};
 use crate::world::{Answer, CHAT, STREAM, World, chat, collect, request, with};
@@ -558,4 +559,18 @@ async fn a_broken_stream_ends_with_an_error_event_in_the_shape_of_its_api() {
         assert!(answer.text().contains("upstream_disconnected") && answer.text().ends_with("\n\n"));
     }
     world.assert_nothing_held();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_that_ends_like_an_answer_of_hypers_passes_as_it_came() {
+    const END: &str = "HTTP/1.1 400 Bad Request\r\nx: y\r\n\r\n";
+    let world = World::new("", |_| {
+        let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\nabcd", 4 + END.len());
+        vec![Step::Send(head.into_bytes()), Step::Wait(Duration::from_secs(1)), Step::Send(END.into())]
+    });
+    let mut io = world.connect();
+    io.write_all(b"GET /v1/files/a/content HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await.expect("written");
+    let mut all = String::new();
+    io.read_to_string(&mut all).await.expect("read");
+    assert!(all.ends_with(&format!("\r\n\r\nabcd{END}")), "{all}");
 }
