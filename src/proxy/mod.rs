@@ -4,50 +4,42 @@
 //! that helps. The answer's way back is [`relay`]'s. There is no `tokio::spawn` on the way: when the client goes away, hyper
 //! drops the future, and with it the place in the queue, the permit and the connection to the gateway.
 
+mod attempt;
 mod body;
+mod call;
 mod fields;
 mod route;
 
-use std::hash::{BuildHasher as _, RandomState};
+use std::hash::RandomState;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::HeaderMap;
-use http::{HeaderValue, Method, Request, Response, StatusCode, Version, request, response};
+use http::{HeaderValue, Method, Request, Response, Version, request};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
-use crate::admission::{Applicant, ByteBudget, Gate, HeldBytes, Lane, Permit};
+use crate::admission::{Applicant, ByteBudget, Gate, Permit};
 use crate::config::Config;
-use crate::error::{self, Cause, Failure};
+use crate::error::Failure;
 use crate::ledger::Ledger;
 use crate::metrics::{AttemptResult, Gauges, Metrics, Outcome, RefusedBy};
 use crate::models::{ModelId, Models};
-use crate::openai::call::{self, Endpoint};
-use crate::openai::{envelope, headers};
-use crate::relay::{self, BrokenOff, FirstEvent, Opening, Patience, Relay, WholeError};
-use crate::retry::{self, Ending, Policy, Tries, Verdict};
+use crate::openai::call::Endpoint;
+use crate::openai::headers;
+use crate::relay::{BrokenOff, Relay};
+use crate::retry::{Ending, Policy, Tries, Verdict};
 use crate::upstream::connect::Connector;
-use crate::upstream::{
-    AnswerBody, ConnectionCounts, Exchange, Outgoing, Payload, SendError, Streamed, Upstream, target,
-};
+use crate::upstream::{ConnectionCounts, Upstream};
 
-use body::{Read, ReadLimits, Upload, UploadWatch};
+use attempt::{Answer, Tried, given_up};
+use call::Call;
 use fields::Via;
-
-/// An opaque call's body up to this is read before it is sent, and can be sent again; a longer one streams through.
-const MAX_REPLAYED: u64 = 1 << 20;
-
-/// How long a call whose body streams through may wait for its slot: weir can't see such a client hang up.
-const MAX_UPLOAD_WAIT: Duration = Duration::from_secs(10);
-
-/// How long a stream's head is held back for its first event.
-const MAX_HEAD_HOLD: Duration = Duration::from_secs(2);
 
 /// Where clients' requests become the gateway's. A clone for each worker, with connections of its own.
 pub struct Proxy {
@@ -72,45 +64,6 @@ struct Shared {
     requests: AtomicU64,
     /// Keys are told apart by a keyed hash that is worth nothing outside this process.
     fingerprints: RandomState,
-}
-
-/// A request that was read and found good.
-struct Call {
-    outgoing: Outgoing,
-    body: CallBody,
-    endpoint: Option<Endpoint>,
-    model: ModelId,
-    model_name: Option<String>,
-    stream: bool,
-    credential: u64,
-    /// Retries that the client's SDK has made already.
-    by_client: u32,
-    /// How long the client waits for an answer, where it says so.
-    patience: Option<Duration>,
-    /// The memory that the body takes.
-    _held: HeldBytes,
-}
-
-enum CallBody {
-    Whole(Bytes),
-    /// Taken by the only attempt.
-    Upload(Option<Streamed>, Arc<UploadWatch>),
-}
-
-/// An attempt that has ended, or that has brought an answer.
-struct Tried {
-    ending: Ending,
-    result: AttemptResult,
-    outcome: Result<Answer, Failure>,
-}
-
-/// An answer of the gateway's, before it goes to the client.
-struct Answer {
-    head: response::Parts,
-    opening: Opening,
-    rest: Option<AnswerBody>,
-    permit: Option<Permit>,
-    patience: Patience,
 }
 
 impl Proxy {
@@ -239,202 +192,12 @@ impl Proxy {
         }
     }
 
-    /// Reads what the request asks for, and its body unless that streams through.
-    async fn read(
-        &self,
-        mut head: request::Parts,
-        body: &mut Option<Incoming>,
-        ledger: &mut Ledger,
-    ) -> Result<Call, Failure> {
-        let config = &self.shared.config;
-        let uri = head.uri.clone();
-        let route = route::route(uri.path()).ok_or_else(|| unknown_path(&head))?;
-        let target = target(&config.upstream.base_url, route.below_v1, uri.query()).ok_or_else(|| {
-            Failure::new(Cause::BadRequest, "the request's path cannot be put behind upstream.base_url")
-        })?;
-        let endpoint = route.endpoint.filter(|_| head.method == Method::POST);
-        let mut held = self.shared.memory.hold();
-        let limits = ReadLimits {
-            max: if endpoint.is_some() { config.server.max_body } else { MAX_REPLAYED },
-            timeout: config.server.body_timeout,
-            deadline: ledger.arrived() + config.timeouts.deadline,
-        };
-        let begun_reading = Instant::now();
-        let incoming = body.as_mut().expect("a body is read once");
-        let body = match body::read(incoming, limits, &mut held).await? {
-            Read::Whole(bytes) => CallBody::Whole(bytes),
-            Read::Longer(_) if endpoint.is_some() => return Err(body::too_large(limits.max)),
-            Read::Longer(begun) => {
-                let watch = Arc::<UploadWatch>::default();
-                let rest = body.take().expect("a body is read once");
-                let upload = Upload::new(rest, config.server.body_timeout, watch.clone());
-                CallBody::Upload(Some(Streamed::new(begun, upload)), watch)
-            }
-        };
-        ledger.spent_elsewhere(begun_reading.elapsed());
-        let peek = match (&body, endpoint) {
-            (CallBody::Whole(bytes), Some(_)) => call::peek(bytes).map_err(|duplicate| duplicate_key(&duplicate))?,
-            _ => call::Peek::default(),
-        };
-        let model = match (endpoint, &peek.model) {
-            (None, _) => ModelId::NONE,
-            (Some(_), Some(name)) => self.shared.models.find(name),
-            (Some(_), None) => ModelId::OTHER,
-        };
-        ledger.set_model(model);
-        let credential = self.credential(&head.headers);
-        let (by_client, patience) = (headers::client_retries(&head.headers), headers::client_patience(&head.headers));
-        let key = config.upstream.api_key.as_ref();
-        fields::to_upstream(&mut head, &self.shared.host, &self.shared.via, key, endpoint.is_some());
-        let outgoing = Outgoing { method: head.method, uri: target, headers: head.headers };
-        Ok(Call {
-            outgoing,
-            body,
-            endpoint,
-            model,
-            model_name: peek.model,
-            stream: peek.stream,
-            credential,
-            by_client,
-            patience,
-            _held: held,
-        })
-    }
-
-    /// Whose quota at the gateway it is: weir's own key's, or the client's.
-    fn credential(&self, fields: &HeaderMap) -> u64 {
-        match (&self.shared.config.upstream.api_key, fields::client_key(fields)) {
-            (None, Some(key)) => self.shared.fingerprints.hash_one(key.as_bytes()),
-            _ => 0,
-        }
-    }
-
-    fn applicant(&self, call: &Call, arrived: Instant) -> Applicant {
-        let config = &self.shared.config;
-        let mut max_wait = config.queue.max_wait.min(call.patience.unwrap_or(Duration::MAX));
-        let mut until = arrived + max_wait.min(config.timeouts.deadline);
-        if !call.body.is_whole() {
-            max_wait = max_wait.min(MAX_UPLOAD_WAIT);
-            // From now: its beginning may have taken longer than that to come.
-            until = until.min(Instant::now() + max_wait);
-        }
-        Applicant {
-            lane: Lane { credential: call.credential, model: call.model },
-            rank: self.shared.gate.next_rank(),
-            max_wait,
-            until,
-        }
-    }
-
     /// Waits for a permit. Dropped while it waits, the place in the queue is given up.
     async fn admit(&self, applicant: &Applicant, again: bool, ledger: &mut Ledger) -> Result<Permit, Failure> {
         let begun = Instant::now();
         let admitted = self.shared.gate.admit(applicant, again).await;
         ledger.waited(begun.elapsed());
         admitted.map_err(Failure::from)
-    }
-
-    /// One attempt, until it is clear whether it brought an answer.
-    async fn attempt(&self, call: &mut Call, mut permit: Permit, ledger: &mut Ledger) -> Tried {
-        ledger.attempt_begins();
-        let limit = self.attempt_limit(call, ledger.arrived());
-        let exchanging = self.exchange(call, &mut permit, ledger);
-        let exchange = match tokio::time::timeout_at(limit.at, exchanging).await {
-            Ok(Ok(exchange)) => exchange,
-            Ok(Err(error)) => return unanswered(&error, call),
-            Err(_) => return self.late(limit, call),
-        };
-        if exchange.head.status == StatusCode::SWITCHING_PROTOCOLS {
-            let failure =
-                Failure::new(Cause::InvalidResponse, "the gateway switched protocols, which nobody asked it to");
-            return Tried { ending: Ending::Broken, result: AttemptResult::Reset, outcome: Err(failure) };
-        }
-        self.open(exchange, call, permit, limit).await
-    }
-
-    /// Sends the request and waits for the head of its answer.
-    ///
-    /// A pooled connection may have been closed by the gateway in the very moment in which it was taken. What was not
-    /// written then goes over a new one; so does, once more, what was, if that does no harm. It costs no retry, but
-    /// counts as an attempt, and against the quota.
-    async fn exchange(&self, call: &mut Call, permit: &mut Permit, ledger: &mut Ledger) -> Result<Exchange, SendError> {
-        let repeatable = call.is_repeatable();
-        let (mut payload, mut fresh) = (call.body.payload(), false);
-        loop {
-            let connection = self.upstream.connection(repeatable, fresh).await?;
-            let reused = connection.reused;
-            permit.spend();
-            match self.upstream.send(connection, &call.outgoing, payload).await {
-                Err(SendError::Unsent(unsent)) => {
-                    permit.was_not_written();
-                    // A gateway that closes new connections at once is one that cannot be reached.
-                    if !reused {
-                        return Err(SendError::Unsent(unsent));
-                    }
-                    (payload, fresh) = (unsent, true);
-                }
-                Err(SendError::Stale(_)) if repeatable && call.body.is_whole() => {
-                    ledger.attempt_ends(AttemptResult::Reset);
-                    ledger.attempt_begins();
-                    (payload, fresh) = (call.body.payload(), true);
-                }
-                ended => return ended,
-            }
-        }
-    }
-
-    /// How long an attempt may take to bring the beginning of an answer.
-    fn attempt_limit(&self, call: &Call, arrived: Instant) -> Limit {
-        let timeouts = &self.shared.config.timeouts;
-        let now = Instant::now();
-        let own = match call.stream {
-            true => Limit { at: now + timeouts.first_event, cause: Cause::FirstEventTimeout, name: "first_event" },
-            false => Limit { at: now + timeouts.response, cause: Cause::ResponseTimeout, name: "response" },
-        };
-        let deadline = Limit { at: arrived + timeouts.deadline, cause: Cause::DeadlineExceeded, name: "deadline" };
-        if deadline.at < own.at { deadline } else { own }
-    }
-
-    /// There was no answer in time: the client's fault where it is the one that is still waited for.
-    fn late(&self, limit: Limit, call: &Call) -> Tried {
-        match &call.body {
-            CallBody::Upload(_, watch) if watch.is_waiting() => {
-                let fault = body::too_slow(self.shared.config.server.body_timeout);
-                Tried { ending: Ending::Broken, result: AttemptResult::Cancelled, outcome: Err(fault) }
-            }
-            _ => limit.exceeded(),
-        }
-    }
-
-    /// Reads as much of an answer as it takes to judge it: an error's body, a stream's first event.
-    async fn open(&self, exchange: Exchange, call: &Call, permit: Permit, limit: Limit) -> Tried {
-        let Exchange { head, body } = exchange;
-        let patience = Patience {
-            idle: self.shared.config.timeouts.idle,
-            first_event: (call.stream && relay::is_event_stream(&head)).then_some((limit.at, limit.cause)),
-        };
-        let mut answer = Answer { head, opening: Opening::default(), rest: Some(body), permit: Some(permit), patience };
-        let until = limit.at.min(Instant::now() + MAX_HEAD_HOLD);
-        let status = answer.head.status;
-        let result = retry::result_of(status);
-        let can_be_repeated = call.body.is_whole();
-        if status.is_success() && can_be_repeated && relay::is_event_stream(&answer.head) {
-            return answer.hold_first_event(until, limit).await;
-        }
-        let mut hopeless = !can_be_repeated;
-        if can_be_repeated && retry::is_worth_holding(status, headers::should_retry(&answer.head.headers)) {
-            match answer.hold_error(until).await {
-                WholeError::Whole(body) => hopeless = envelope::is_hopeless(&body),
-                WholeError::TooLong => hopeless = true,
-                WholeError::Broken(error) => {
-                    let failure =
-                        Failure::new(Cause::Disconnected, format!("the gateway broke its error {status} off: {error}"));
-                    let ending = answer.ending(false);
-                    return Tried { ending, result, outcome: Err(failure) };
-                }
-            }
-        }
-        Tried { ending: answer.ending(hopeless), result, outcome: Ok(answer) }
     }
 
     /// The gateway serves this model: it may have a name in metrics and limits of its own.
@@ -500,93 +263,6 @@ impl Proxy {
     }
 }
 
-/// When an attempt has taken too long, and by which timeout.
-#[derive(Clone, Copy)]
-struct Limit {
-    at: Instant,
-    cause: Cause,
-    name: &'static str,
-}
-
-impl Limit {
-    fn exceeded(self) -> Tried {
-        let failure = Failure::new(self.cause, format!("the gateway did not answer in time (timeouts.{})", self.name));
-        Tried { ending: Ending::TimedOut, result: AttemptResult::Timeout, outcome: Err(failure) }
-    }
-}
-
-impl Call {
-    /// Whether sending it twice does no harm: a metered call only costs more, an idempotent method is meant for it.
-    fn is_repeatable(&self) -> bool {
-        self.endpoint.is_some() || self.outgoing.method.is_idempotent()
-    }
-}
-
-impl CallBody {
-    /// What an attempt sends.
-    fn payload(&mut self) -> Payload {
-        match self {
-            Self::Whole(bytes) => Payload::Whole(bytes.clone()),
-            Self::Upload(upload, _) => {
-                Payload::Streamed(upload.take().expect("a body that streams through is sent once"))
-            }
-        }
-    }
-
-    fn is_whole(&self) -> bool {
-        matches!(self, Self::Whole(_))
-    }
-}
-
-impl Answer {
-    /// Keeps the answer, and gives the slot back.
-    fn without_permit(self) -> Self {
-        Self { rest: None, permit: None, ..self }
-    }
-
-    fn ending(&self, hopeless: bool) -> Ending {
-        let (status, fields) = (self.head.status, &self.head.headers);
-        let should_retry = headers::should_retry(fields);
-        let is_error = status.is_client_error() || status.is_server_error();
-        let hint = if is_error { headers::retry_hint(fields, SystemTime::now()) } else { None };
-        Ending::Answer { status, hopeless, should_retry, hint }
-    }
-
-    /// Reads an error's body, so that the answer can be kept without its connection.
-    async fn hold_error(&mut self, until: Instant) -> WholeError {
-        let Some(rest) = &mut self.rest else { return WholeError::TooLong };
-        let held = self.opening.whole_error(rest, until).await;
-        if matches!(held, WholeError::Whole(_)) {
-            (self.rest, self.permit) = (None, None);
-        }
-        held
-    }
-
-    /// Holds a stream back until its first event, which may be an error, or until it has taken too long to be held.
-    async fn hold_first_event(mut self, until: Instant, limit: Limit) -> Tried {
-        let first = match &mut self.rest {
-            Some(rest) => self.opening.first_event(rest, until).await,
-            None => FirstEvent::Unknown,
-        };
-        match first {
-            FirstEvent::Late if until == limit.at => limit.exceeded(),
-            FirstEvent::Output | FirstEvent::Unknown | FirstEvent::Late => {
-                Tried { ending: self.ending(false), result: AttemptResult::Ok, outcome: Ok(self) }
-            }
-            FirstEvent::Error => {
-                Tried { ending: Ending::ErrorEvent, result: AttemptResult::StreamError, outcome: Ok(self) }
-            }
-            FirstEvent::Broken(error) => {
-                let failure = Failure::new(
-                    Cause::Disconnected,
-                    format!("the gateway broke its stream off before the first event: {error}"),
-                );
-                Tried { ending: Ending::Broken, result: AttemptResult::Reset, outcome: Err(failure) }
-            }
-        }
-    }
-}
-
 /// Where the time went, and how many attempts it took.
 fn add_own_fields(fields: &mut HeaderMap, ledger: &Ledger) {
     let millis = |duration: Duration| duration.as_secs_f64() * 1000.0;
@@ -596,46 +272,6 @@ fn add_own_fields(fields: &mut HeaderMap, ledger: &Ledger) {
     fields.entry(headers::RESPONSE_TIME).or_insert_with(|| HeaderValue::from(elapsed));
     fields.append(headers::SERVER_TIMING, HeaderValue::from_str(&timing).expect("digits and letters"));
     fields.insert(headers::WEIR_ATTEMPTS, HeaderValue::from(ledger.attempts()));
-}
-
-/// There was no answer.
-fn unanswered(error: &SendError, call: &Call) -> Tried {
-    if let CallBody::Upload(_, watch) = &call.body
-        && let Some(fault) = watch.fault()
-    {
-        return Tried { ending: Ending::Broken, result: AttemptResult::Cancelled, outcome: Err(fault.clone()) };
-    }
-    let (ending, result, cause) = match error {
-        SendError::Connect(_) => (Ending::ConnectFailed, AttemptResult::ConnectError, Cause::Unreachable),
-        SendError::ConnectTimeout(_) => (Ending::ConnectFailed, AttemptResult::ConnectError, Cause::ConnectTimeout),
-        SendError::InvalidResponse(_) => (Ending::Broken, AttemptResult::Reset, Cause::InvalidResponse),
-        SendError::Unsent(_) => (Ending::ConnectFailed, AttemptResult::ConnectError, Cause::Unreachable),
-        SendError::Stale(_) | SendError::Broken(_) => (Ending::Broken, AttemptResult::Reset, Cause::Disconnected),
-    };
-    Tried { ending, result, outcome: Err(Failure::new(cause, format!("no answer from the gateway: {error}"))) }
-}
-
-/// weir has tried often enough: the SDK that gets this must not begin anew.
-fn given_up(outcome: Result<Answer, Failure>) -> Result<Answer, Failure> {
-    outcome.map(|mut answer| {
-        error::no_retry(&mut answer.head.headers);
-        answer
-    })
-}
-
-fn unknown_path(head: &request::Parts) -> Failure {
-    let host = head.headers.get(http::header::HOST).and_then(|host| host.to_str().ok());
-    let host = host.or(head.uri.authority().map(http::uri::Authority::as_str)).unwrap_or("HOST:PORT");
-    let message = format!(
-        "weir serves the paths under /v1, and {} is not one of them; set your client's base URL to http://{host}/v1",
-        head.uri.path()
-    );
-    Failure::new(Cause::UnknownPath, message)
-}
-
-fn duplicate_key(duplicate: &call::DuplicateKey) -> Failure {
-    let message = format!("{:?} stands twice in the request's body; send it once", duplicate.0);
-    Failure::new(Cause::DuplicateKey, message)
 }
 
 /// The body of every response.

@@ -1,0 +1,231 @@
+//! One attempt: sending the request, and reading as much of what comes back as it takes to judge it.
+
+use std::time::{Duration, SystemTime};
+
+use http::{StatusCode, response};
+use tokio::time::Instant;
+
+use super::Proxy;
+use super::body;
+use super::call::{Call, CallBody};
+use crate::admission::Permit;
+use crate::error::{self, Cause, Failure};
+use crate::ledger::Ledger;
+use crate::metrics::AttemptResult;
+use crate::openai::{envelope, headers};
+use crate::relay::{self, FirstEvent, Opening, Patience, WholeError};
+use crate::retry::{self, Ending};
+use crate::upstream::{AnswerBody, Exchange, SendError};
+
+/// How long a stream's head is held back for its first event.
+const MAX_HEAD_HOLD: Duration = Duration::from_secs(2);
+
+/// An attempt that has ended, or that has brought an answer.
+pub(super) struct Tried {
+    pub(super) ending: Ending,
+    pub(super) result: AttemptResult,
+    pub(super) outcome: Result<Answer, Failure>,
+}
+
+/// An answer of the gateway's, before it goes to the client.
+pub(super) struct Answer {
+    pub(super) head: response::Parts,
+    pub(super) opening: Opening,
+    pub(super) rest: Option<AnswerBody>,
+    pub(super) permit: Option<Permit>,
+    pub(super) patience: Patience,
+}
+
+/// When an attempt has taken too long, and by which timeout.
+#[derive(Clone, Copy)]
+struct Limit {
+    at: Instant,
+    cause: Cause,
+    name: &'static str,
+}
+
+impl Proxy {
+    /// One attempt, until it is clear whether it brought an answer.
+    pub(super) async fn attempt(&self, call: &mut Call, mut permit: Permit, ledger: &mut Ledger) -> Tried {
+        ledger.attempt_begins();
+        let limit = self.attempt_limit(call, ledger.arrived());
+        let exchanging = self.exchange(call, &mut permit, ledger);
+        let exchange = match tokio::time::timeout_at(limit.at, exchanging).await {
+            Ok(Ok(exchange)) => exchange,
+            Ok(Err(error)) => return unanswered(&error, call),
+            Err(_) => return self.late(limit, call),
+        };
+        if exchange.head.status == StatusCode::SWITCHING_PROTOCOLS {
+            let failure =
+                Failure::new(Cause::InvalidResponse, "the gateway switched protocols, which nobody asked it to");
+            return Tried { ending: Ending::Broken, result: AttemptResult::Reset, outcome: Err(failure) };
+        }
+        self.open(exchange, call, permit, limit).await
+    }
+
+    /// Sends the request and waits for the head of its answer.
+    ///
+    /// A pooled connection may have been closed by the gateway in the very moment in which it was taken. What was not
+    /// written then goes over a new one; so does, once more, what was, if that does no harm. It costs no retry, but
+    /// counts as an attempt, and against the quota.
+    async fn exchange(&self, call: &mut Call, permit: &mut Permit, ledger: &mut Ledger) -> Result<Exchange, SendError> {
+        let repeatable = call.is_repeatable();
+        let (mut payload, mut fresh) = (call.body.payload(), false);
+        loop {
+            let connection = self.upstream.connection(repeatable, fresh).await?;
+            let reused = connection.reused;
+            permit.spend();
+            match self.upstream.send(connection, &call.outgoing, payload).await {
+                Err(SendError::Unsent(unsent)) => {
+                    permit.was_not_written();
+                    // A gateway that closes new connections at once is one that cannot be reached.
+                    if !reused {
+                        return Err(SendError::Unsent(unsent));
+                    }
+                    (payload, fresh) = (unsent, true);
+                }
+                Err(SendError::Stale(_)) if repeatable && call.body.is_whole() => {
+                    ledger.attempt_ends(AttemptResult::Reset);
+                    ledger.attempt_begins();
+                    (payload, fresh) = (call.body.payload(), true);
+                }
+                ended => return ended,
+            }
+        }
+    }
+
+    /// How long an attempt may take to bring the beginning of an answer.
+    fn attempt_limit(&self, call: &Call, arrived: Instant) -> Limit {
+        let timeouts = &self.shared.config.timeouts;
+        let now = Instant::now();
+        let own = match call.stream {
+            true => Limit { at: now + timeouts.first_event, cause: Cause::FirstEventTimeout, name: "first_event" },
+            false => Limit { at: now + timeouts.response, cause: Cause::ResponseTimeout, name: "response" },
+        };
+        let deadline = Limit { at: arrived + timeouts.deadline, cause: Cause::DeadlineExceeded, name: "deadline" };
+        if deadline.at < own.at { deadline } else { own }
+    }
+
+    /// There was no answer in time: the client's fault where it is the one that is still waited for.
+    fn late(&self, limit: Limit, call: &Call) -> Tried {
+        match &call.body {
+            CallBody::Upload(_, watch) if watch.is_waiting() => {
+                let fault = body::too_slow(self.shared.config.server.body_timeout);
+                Tried { ending: Ending::Broken, result: AttemptResult::Cancelled, outcome: Err(fault) }
+            }
+            _ => limit.exceeded(),
+        }
+    }
+
+    /// Reads as much of an answer as it takes to judge it: an error's body, a stream's first event.
+    async fn open(&self, exchange: Exchange, call: &Call, permit: Permit, limit: Limit) -> Tried {
+        let Exchange { head, body } = exchange;
+        let patience = Patience {
+            idle: self.shared.config.timeouts.idle,
+            first_event: (call.stream && relay::is_event_stream(&head)).then_some((limit.at, limit.cause)),
+        };
+        let mut answer = Answer { head, opening: Opening::default(), rest: Some(body), permit: Some(permit), patience };
+        let until = limit.at.min(Instant::now() + MAX_HEAD_HOLD);
+        let status = answer.head.status;
+        let result = retry::result_of(status);
+        let can_be_repeated = call.body.is_whole();
+        if status.is_success() && can_be_repeated && relay::is_event_stream(&answer.head) {
+            return answer.hold_first_event(until, limit).await;
+        }
+        let mut hopeless = !can_be_repeated;
+        if can_be_repeated && retry::is_worth_holding(status, headers::should_retry(&answer.head.headers)) {
+            match answer.hold_error(until).await {
+                WholeError::Whole(body) => hopeless = envelope::is_hopeless(&body),
+                WholeError::TooLong => hopeless = true,
+                WholeError::Broken(error) => {
+                    let failure =
+                        Failure::new(Cause::Disconnected, format!("the gateway broke its error {status} off: {error}"));
+                    let ending = answer.ending(false);
+                    return Tried { ending, result, outcome: Err(failure) };
+                }
+            }
+        }
+        Tried { ending: answer.ending(hopeless), result, outcome: Ok(answer) }
+    }
+}
+
+impl Limit {
+    fn exceeded(self) -> Tried {
+        let failure = Failure::new(self.cause, format!("the gateway did not answer in time (timeouts.{})", self.name));
+        Tried { ending: Ending::TimedOut, result: AttemptResult::Timeout, outcome: Err(failure) }
+    }
+}
+
+impl Answer {
+    /// Keeps the answer, and gives the slot back.
+    pub(super) fn without_permit(self) -> Self {
+        Self { rest: None, permit: None, ..self }
+    }
+
+    fn ending(&self, hopeless: bool) -> Ending {
+        let (status, fields) = (self.head.status, &self.head.headers);
+        let should_retry = headers::should_retry(fields);
+        let is_error = status.is_client_error() || status.is_server_error();
+        let hint = if is_error { headers::retry_hint(fields, SystemTime::now()) } else { None };
+        Ending::Answer { status, hopeless, should_retry, hint }
+    }
+
+    /// Reads an error's body, so that the answer can be kept without its connection.
+    async fn hold_error(&mut self, until: Instant) -> WholeError {
+        let Some(rest) = &mut self.rest else { return WholeError::TooLong };
+        let held = self.opening.whole_error(rest, until).await;
+        if matches!(held, WholeError::Whole(_)) {
+            (self.rest, self.permit) = (None, None);
+        }
+        held
+    }
+
+    /// Holds a stream back until its first event, which may be an error, or until it has taken too long to be held.
+    async fn hold_first_event(mut self, until: Instant, limit: Limit) -> Tried {
+        let first = match &mut self.rest {
+            Some(rest) => self.opening.first_event(rest, until).await,
+            None => FirstEvent::Unknown,
+        };
+        match first {
+            FirstEvent::Late if until == limit.at => limit.exceeded(),
+            FirstEvent::Output | FirstEvent::Unknown | FirstEvent::Late => {
+                Tried { ending: self.ending(false), result: AttemptResult::Ok, outcome: Ok(self) }
+            }
+            FirstEvent::Error => {
+                Tried { ending: Ending::ErrorEvent, result: AttemptResult::StreamError, outcome: Ok(self) }
+            }
+            FirstEvent::Broken(error) => {
+                let failure = Failure::new(
+                    Cause::Disconnected,
+                    format!("the gateway broke its stream off before the first event: {error}"),
+                );
+                Tried { ending: Ending::Broken, result: AttemptResult::Reset, outcome: Err(failure) }
+            }
+        }
+    }
+}
+
+/// There was no answer.
+fn unanswered(error: &SendError, call: &Call) -> Tried {
+    if let CallBody::Upload(_, watch) = &call.body
+        && let Some(fault) = watch.fault()
+    {
+        return Tried { ending: Ending::Broken, result: AttemptResult::Cancelled, outcome: Err(fault.clone()) };
+    }
+    let (ending, result, cause) = match error {
+        SendError::Connect(_) => (Ending::ConnectFailed, AttemptResult::ConnectError, Cause::Unreachable),
+        SendError::ConnectTimeout(_) => (Ending::ConnectFailed, AttemptResult::ConnectError, Cause::ConnectTimeout),
+        SendError::InvalidResponse(_) => (Ending::Broken, AttemptResult::Reset, Cause::InvalidResponse),
+        SendError::Unsent(_) => (Ending::ConnectFailed, AttemptResult::ConnectError, Cause::Unreachable),
+        SendError::Stale(_) | SendError::Broken(_) => (Ending::Broken, AttemptResult::Reset, Cause::Disconnected),
+    };
+    Tried { ending, result, outcome: Err(Failure::new(cause, format!("no answer from the gateway: {error}"))) }
+}
+
+/// weir has tried often enough: the SDK that gets this must not begin anew.
+pub(super) fn given_up(outcome: Result<Answer, Failure>) -> Result<Answer, Failure> {
+    outcome.map(|mut answer| {
+        error::no_retry(&mut answer.head.headers);
+        answer
+    })
+}

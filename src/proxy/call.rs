@@ -1,0 +1,187 @@
+//! Reading a request: what it asks for, whose it is, and how long it may wait.
+
+use std::hash::BuildHasher as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::HeaderMap;
+use http::{Method, request};
+use hyper::body::Incoming;
+use tokio::time::Instant;
+
+use super::Proxy;
+use super::body::{self, Read, ReadLimits, Upload, UploadWatch};
+use super::{fields, route};
+use crate::admission::{Applicant, HeldBytes, Lane};
+use crate::error::{Cause, Failure};
+use crate::ledger::Ledger;
+use crate::models::ModelId;
+use crate::openai::call::{self, Endpoint};
+use crate::openai::headers;
+use crate::upstream::{Outgoing, Payload, Streamed, target};
+
+/// An opaque call's body up to this is read before it is sent, and can be sent again; a longer one streams through.
+const MAX_REPLAYED: u64 = 1 << 20;
+
+/// How long a call whose body streams through may wait for its slot: weir can't see such a client hang up.
+const MAX_UPLOAD_WAIT: Duration = Duration::from_secs(10);
+
+/// A request that was read and found good.
+pub(super) struct Call {
+    pub(super) outgoing: Outgoing,
+    pub(super) body: CallBody,
+    pub(super) endpoint: Option<Endpoint>,
+    pub(super) model: ModelId,
+    /// As the client wrote it.
+    pub(super) model_name: Option<String>,
+    pub(super) stream: bool,
+    credential: u64,
+    /// Retries that the client's SDK has made already.
+    pub(super) by_client: u32,
+    /// How long the client waits for an answer, where it says so.
+    pub(super) patience: Option<Duration>,
+    /// The memory that the body takes.
+    _held: HeldBytes,
+}
+
+pub(super) enum CallBody {
+    Whole(Bytes),
+    /// Taken by the only attempt.
+    Upload(Option<Streamed>, Arc<UploadWatch>),
+}
+
+impl Proxy {
+    /// Reads what the request asks for, and its body unless that streams through.
+    pub(super) async fn read(
+        &self,
+        mut head: request::Parts,
+        body: &mut Option<Incoming>,
+        ledger: &mut Ledger,
+    ) -> Result<Call, Failure> {
+        let config = &self.shared.config;
+        let uri = head.uri.clone();
+        let route = route::route(uri.path()).ok_or_else(|| unknown_path(&head))?;
+        let target = target(&config.upstream.base_url, route.below_v1, uri.query()).ok_or_else(|| {
+            Failure::new(Cause::BadRequest, "the request's path cannot be put behind upstream.base_url")
+        })?;
+        let endpoint = route.endpoint.filter(|_| head.method == Method::POST);
+        let mut held = self.shared.memory.hold();
+        let body = self.read_body(endpoint, body, &mut held, ledger).await?;
+        let peek = match (&body, endpoint) {
+            (CallBody::Whole(bytes), Some(_)) => call::peek(bytes).map_err(|duplicate| duplicate_key(&duplicate))?,
+            _ => call::Peek::default(),
+        };
+        let model = self.model(endpoint, peek.model.as_deref());
+        ledger.set_model(model);
+        let credential = self.credential(&head.headers);
+        let (by_client, patience) = (headers::client_retries(&head.headers), headers::client_patience(&head.headers));
+        let key = config.upstream.api_key.as_ref();
+        fields::to_upstream(&mut head, &self.shared.host, &self.shared.via, key, endpoint.is_some());
+        let outgoing = Outgoing { method: head.method, uri: target, headers: head.headers };
+        let (model_name, stream) = (peek.model, peek.stream);
+        Ok(Call { outgoing, body, endpoint, model, model_name, stream, credential, by_client, patience, _held: held })
+    }
+
+    /// Reads the body into memory, as far as that is wanted: all of a metered call's, the beginning of another's.
+    async fn read_body(
+        &self,
+        endpoint: Option<Endpoint>,
+        body: &mut Option<Incoming>,
+        held: &mut HeldBytes,
+        ledger: &mut Ledger,
+    ) -> Result<CallBody, Failure> {
+        let config = &self.shared.config;
+        let limits = ReadLimits {
+            max: if endpoint.is_some() { config.server.max_body } else { MAX_REPLAYED },
+            timeout: config.server.body_timeout,
+            deadline: ledger.arrived() + config.timeouts.deadline,
+        };
+        let begun_reading = Instant::now();
+        let incoming = body.as_mut().expect("a body is read once");
+        let read = body::read(incoming, limits, held).await?;
+        ledger.spent_elsewhere(begun_reading.elapsed());
+        match read {
+            Read::Whole(bytes) => Ok(CallBody::Whole(bytes)),
+            Read::Longer(_) if endpoint.is_some() => Err(body::too_large(limits.max)),
+            Read::Longer(begun) => {
+                let watch = Arc::<UploadWatch>::default();
+                let rest = body.take().expect("a body is read once");
+                let upload = Upload::new(rest, config.server.body_timeout, watch.clone());
+                Ok(CallBody::Upload(Some(Streamed::new(begun, upload)), watch))
+            }
+        }
+    }
+
+    fn model(&self, endpoint: Option<Endpoint>, name: Option<&str>) -> ModelId {
+        match (endpoint, name) {
+            (None, _) => ModelId::NONE,
+            (Some(_), Some(name)) => self.shared.models.find(name),
+            (Some(_), None) => ModelId::OTHER,
+        }
+    }
+
+    /// Whose quota at the gateway it is: weir's own key's, or the client's.
+    fn credential(&self, fields: &HeaderMap) -> u64 {
+        match (&self.shared.config.upstream.api_key, fields::client_key(fields)) {
+            (None, Some(key)) => self.shared.fingerprints.hash_one(key.as_bytes()),
+            _ => 0,
+        }
+    }
+
+    /// How it applies for a permit, at each of its attempts.
+    pub(super) fn applicant(&self, call: &Call, arrived: Instant) -> Applicant {
+        let config = &self.shared.config;
+        let mut max_wait = config.queue.max_wait.min(call.patience.unwrap_or(Duration::MAX));
+        let mut until = arrived + max_wait.min(config.timeouts.deadline);
+        if !call.body.is_whole() {
+            max_wait = max_wait.min(MAX_UPLOAD_WAIT);
+            // From now: its beginning may have taken longer than that to come.
+            until = until.min(Instant::now() + max_wait);
+        }
+        Applicant {
+            lane: Lane { credential: call.credential, model: call.model },
+            rank: self.shared.gate.next_rank(),
+            max_wait,
+            until,
+        }
+    }
+}
+
+impl Call {
+    /// Whether sending it twice does no harm: a metered call only costs more, an idempotent method is meant for it.
+    pub(super) fn is_repeatable(&self) -> bool {
+        self.endpoint.is_some() || self.outgoing.method.is_idempotent()
+    }
+}
+
+impl CallBody {
+    /// What an attempt sends.
+    pub(super) fn payload(&mut self) -> Payload {
+        match self {
+            Self::Whole(bytes) => Payload::Whole(bytes.clone()),
+            Self::Upload(upload, _) => {
+                Payload::Streamed(upload.take().expect("a body that streams through is sent once"))
+            }
+        }
+    }
+
+    pub(super) fn is_whole(&self) -> bool {
+        matches!(self, Self::Whole(_))
+    }
+}
+
+fn unknown_path(head: &request::Parts) -> Failure {
+    let host = head.headers.get(http::header::HOST).and_then(|host| host.to_str().ok());
+    let host = host.or(head.uri.authority().map(http::uri::Authority::as_str)).unwrap_or("HOST:PORT");
+    let message = format!(
+        "weir serves the paths under /v1, and {} is not one of them; set your client's base URL to http://{host}/v1",
+        head.uri.path()
+    );
+    Failure::new(Cause::UnknownPath, message)
+}
+
+fn duplicate_key(duplicate: &call::DuplicateKey) -> Failure {
+    let message = format!("{:?} stands twice in the request's body; send it once", duplicate.0);
+    Failure::new(Cause::DuplicateKey, message)
+}
