@@ -1,7 +1,7 @@
 //! The story of one request, from its head to the moment its answer begins.
 //!
 //! `Proxy::story` tells it top to bottom: read the call, then wait for a permit, make an attempt, judge it, and again if
-//! that helps. The answer's way back is [`relay`]'s. There is no `tokio::spawn` on the way: when the client goes away, hyper
+//! that helps. The answer's way back is `relay`'s. There is no `tokio::spawn` on the way: when the client goes away, hyper
 //! drops the future, and with it the place in the queue, the permit and the connection to the gateway.
 
 mod attempt;
