@@ -14,6 +14,10 @@ pub struct Slots {
 /// The newest hold weighs 1 in so many.
 const HOLD_WEIGHT: u32 = 16;
 
+/// How long a slot is taken to be held before the first was given back: no prediction, but better than to tell the refused
+/// to come back at once.
+const UNKNOWN_HOLD: Duration = Duration::from_secs(1);
+
 /// Holds vary with the length of the answers. That work goes on more than this many times faster than of late is taken
 /// to be impossible when a request is refused on arrival.
 const FASTEST: u32 = 4;
@@ -63,12 +67,13 @@ impl Slots {
 
     /// How soon the `n`-th slot from now could be free at the very best.
     pub fn shortest_wait(&self, n: u64) -> Duration {
-        self.expected_wait(n) / FASTEST
+        // Nobody is refused on a guess.
+        if self.mean_hold.is_some() { self.expected_wait(n) / FASTEST } else { Duration::ZERO }
     }
 
     /// The mean time between two slots becoming free while all are taken.
     pub fn turnover(&self) -> Duration {
-        self.mean_hold.unwrap_or_default() / self.limit
+        self.mean_hold.unwrap_or(UNKNOWN_HOLD) / self.limit
     }
 }
 
@@ -92,7 +97,8 @@ mod tests {
         let mut slots = Slots::new(2);
         slots.take();
         slots.take();
-        assert_eq!(slots.expected_wait(100), Duration::ZERO, "nothing is known yet");
+        assert_eq!(slots.shortest_wait(100), Duration::ZERO, "nothing is known yet");
+        assert_eq!(slots.expected_wait(2), Duration::from_secs(1));
         slots.give_back(Duration::from_secs(4));
         slots.take();
         assert_eq!(slots.expected_wait(3), Duration::from_secs(6));
