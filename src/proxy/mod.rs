@@ -246,6 +246,10 @@ impl Proxy {
         };
         let mut response = failure.response(endpoint).map(|body| ResponseBody::Own(Some(body)));
         add_own_fields(response.headers_mut(), &ledger);
+        if outcome == Outcome::Failed && self.shared.config.retry.max_retries == 0 {
+            // Retrying is left to the client.
+            response.headers_mut().remove(headers::SHOULD_RETRY);
+        }
         ledger.close(outcome);
         response
     }

@@ -291,6 +291,9 @@ async fn with_no_retries_configured_the_client_is_left_to_its_own() {
     let world = World::new("[retry]\nmax_retries = 0\n", |_| error(500, &[]));
     let answer = world.chat().await;
     assert_eq!((answer.header("x-weir-attempts"), answer.header("x-should-retry")), ("1", ""));
+    let world = World::new("[retry]\nmax_retries = 0\n", |_| vec![Step::Close]);
+    let answer = world.chat().await;
+    assert_eq!((answer.code().as_str(), answer.header("x-should-retry")), ("upstream_disconnected", ""));
 }
 
 #[tokio::test(start_paused = true)]
