@@ -22,7 +22,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
-use crate::config::{Concurrency, Config, ModelLimits, Rate};
+use crate::config::{Concurrency, Config, LimitTable, Rate};
 use crate::metrics::{LimitGauge, ModelGauges};
 use crate::models::{ModelId, Models};
 
@@ -60,7 +60,7 @@ pub struct Gate {
     ranks: AtomicU64,
     models: Arc<Models>,
     /// The configuration's `[models]`.
-    model_limits: BTreeMap<String, ModelLimits>,
+    model_limits: BTreeMap<String, LimitTable>,
     replicas: u32,
     /// To put into permits.
     me: Weak<Gate>,

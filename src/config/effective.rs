@@ -3,14 +3,15 @@
 use std::fmt;
 
 use super::units::{format_duration, format_size};
-use super::{Concurrency, Config, LogFormat, LogLevel, Rate};
+use super::{Concurrency, Config, LimitTable, LogFormat, LogLevel, Mode, Rate};
 
 impl fmt::Display for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.write_server(f)?;
         self.write_limits(f)?;
         self.write_flow(f)?;
-        self.write_models(f)
+        self.write_models(f)?;
+        self.write_clients(f)
     }
 }
 
@@ -41,11 +42,13 @@ impl Config {
     fn write_limits(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let limits = &self.limits;
         writeln!(f, "\n[limits]")?;
-        write_rate(f, limits.requests)?;
+        write_rate(f, "requests", limits.requests)?;
+        write_rate(f, "tokens", limits.tokens)?;
         match limits.concurrency {
             Concurrency::Adaptive => writeln!(f, "concurrency = \"adaptive\"")?,
             Concurrency::Fixed(number) => writeln!(f, "concurrency = {number}")?,
         }
+        writeln!(f, "mode = \"{}\"", limits.mode)?;
         writeln!(f, "replicas = {}", limits.replicas)
     }
 
@@ -69,17 +72,49 @@ impl Config {
     fn write_models(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (name, limits) in &self.models {
             writeln!(f, "\n[models.{name:?}]")?;
-            write_rate(f, limits.requests)?;
-            if let Some(concurrency) = limits.concurrency {
-                writeln!(f, "concurrency = {concurrency}")?;
+            write_limit_table(f, limits)?;
+        }
+        Ok(())
+    }
+
+    fn write_clients(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, client) in &self.clients {
+            writeln!(f, "\n[clients.{}]", quoted(name))?;
+            writeln!(f, "key = \"{}\"\nweight = {}", client.key, client.weight)?;
+            if let Some(max_wait) = client.max_wait {
+                writeln!(f, "max_wait = \"{}\"", format_duration(max_wait))?;
             }
+            write_limit_table(f, &client.limits)?;
         }
         Ok(())
     }
 }
 
-fn write_rate(f: &mut fmt::Formatter<'_>, rate: Option<Rate>) -> fmt::Result {
-    rate.map_or(Ok(()), |rate| writeln!(f, "requests = {{ rate = \"{rate}\", burst = {} }}", rate.burst))
+fn write_limit_table(f: &mut fmt::Formatter<'_>, limits: &LimitTable) -> fmt::Result {
+    write_rate(f, "requests", limits.requests)?;
+    write_rate(f, "tokens", limits.tokens)?;
+    if let Some(concurrency) = limits.concurrency {
+        writeln!(f, "concurrency = {concurrency}")?;
+    }
+    writeln!(f, "mode = \"{}\"", limits.mode)
+}
+
+fn write_rate(f: &mut fmt::Formatter<'_>, key: &str, rate: Option<Rate>) -> fmt::Result {
+    rate.map_or(Ok(()), |rate| writeln!(f, "{key} = {{ rate = \"{rate}\", burst = {} }}", rate.burst))
+}
+
+/// A client's name as a key: it has no character that TOML would have written otherwise, but these two.
+fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('\\', "\\\\").replace('"', "\\\""))
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Enforce => "enforce",
+            Self::Observe => "observe",
+        })
+    }
 }
 
 impl fmt::Display for LogFormat {

@@ -3,6 +3,7 @@
 //! Two stages. What the file says is read by `reader`, key by key; what comes out here is resolved (secrets looked up,
 //! addresses parsed, shares taken) and can be trusted by everything else. An empty file is a whole configuration.
 
+mod client;
 mod effective;
 mod reader;
 mod secret;
@@ -18,6 +19,7 @@ use std::time::Duration;
 use reader::{Document, FromToml, Section};
 use toml::de::DeValue;
 
+pub use client::{Client, NOBODY, Weight};
 pub use reader::Complaint;
 pub use secret::Secret;
 pub use units::Rate;
@@ -37,7 +39,9 @@ pub struct Config {
     pub timeouts: Timeouts,
     pub log: Log,
     /// Limits of single models, on top of `limits`; `"*"` stands for every model not named.
-    pub models: BTreeMap<String, ModelLimits>,
+    pub models: BTreeMap<String, LimitTable>,
+    /// The clients known by name; with any of them, nobody else is served.
+    pub clients: BTreeMap<String, Client>,
 }
 
 /// `[server]`: who may connect, and how slow a client may be.
@@ -68,7 +72,10 @@ pub struct Upstream {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Limits {
     pub requests: Option<Rate>,
+    /// Of prompt and answer together, as the gateway counts them.
+    pub tokens: Option<Rate>,
     pub concurrency: Concurrency,
+    pub mode: Mode,
     /// Each weir takes this part of every limit in the file. Never 0.
     pub replicas: u32,
 }
@@ -82,12 +89,25 @@ pub enum Concurrency {
     Fixed(u32),
 }
 
-/// `[models.NAME]`: limits of one model.
+/// The limits of one model (`[models.NAME]`) or of one client (`[clients.NAME]`).
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct ModelLimits {
+pub struct LimitTable {
     pub requests: Option<Rate>,
+    /// Of prompt and answer together, as the gateway counts them.
+    pub tokens: Option<Rate>,
     /// Never 0.
     pub concurrency: Option<u32>,
+    pub mode: Mode,
+}
+
+/// What becomes of a request that is beyond a table's limits.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// It waits, or is refused.
+    #[default]
+    Enforce,
+    /// It passes, and is counted.
+    Observe,
 }
 
 /// `[queue]`: who may wait, and for how long.
@@ -195,14 +215,13 @@ impl Config {
 
     /// The path of every option there is, for the test that holds config.toml against the code.
     pub fn option_paths() -> Vec<String> {
-        let document = Document::new("[models.NAME]\n");
+        let document = Document::new("[models.NAME]\n[clients.NAME]\n");
         let table = document.parse();
         Self::read(&document.root(table.get_ref()), &|_| None);
         document.known_keys()
     }
 
     fn read(root: &Section<'_>, env: &dyn Fn(&str) -> Option<String>) -> Self {
-        root.not_yet("clients", "every client is served alike; leave [clients] out");
         root.not_yet("breaker", "leave [breaker] out");
         let upstream = Upstream::read(&root.section("upstream"), env);
         let limits = Limits::read(&root.section("limits"));
@@ -214,9 +233,11 @@ impl Config {
                 );
             }
         }
+        let clients = root.sections("clients");
         Self {
-            models: models.iter().map(|(name, section)| (name.to_string(), ModelLimits::read(section))).collect(),
-            server: Server::read(&root.section("server"), &upstream),
+            models: models.iter().map(|(name, section)| (name.to_string(), LimitTable::read(section))).collect(),
+            server: Server::read(&root.section("server"), &upstream, !clients.is_empty()),
+            clients: Client::read_all(&clients, env),
             upstream,
             limits,
             queue: Queue::read(&root.section("queue")),
@@ -228,7 +249,7 @@ impl Config {
 }
 
 impl Server {
-    fn read(section: &Section<'_>, upstream: &Upstream) -> Self {
+    fn read(section: &Section<'_>, upstream: &Upstream, knows_clients: bool) -> Self {
         section.not_yet("tls", "end TLS in front of it and leave tls out");
         section.not_yet("admin_token", "keep admin_listen on a loopback address and leave admin_token out");
         section.not_yet("lame_duck", "leave it out");
@@ -249,7 +270,9 @@ impl Server {
             allow_anonymous: section.get_or("allow_anonymous", false),
         };
         server.refuse_clashes(section);
-        server.refuse_an_open_relay(section, upstream);
+        if !knows_clients {
+            server.refuse_an_open_relay(section, upstream);
+        }
         server
     }
 
@@ -267,8 +290,8 @@ impl Server {
                 "listen",
                 format!(
                     "{address} can be reached from other machines, and upstream.api_key would be lent to everyone who \
-                     does; listen on 127.0.0.1, or leave api_key out so that clients' own keys go through, or set \
-                     allow_anonymous = true if something else keeps strangers away"
+                     does; give each client a key under [clients], or listen on 127.0.0.1, or leave api_key out so that \
+                     clients' own keys go through, or set allow_anonymous = true if something else keeps strangers away"
                 ),
             );
         }
@@ -277,39 +300,41 @@ impl Server {
 
 impl Upstream {
     fn read(section: &Section<'_>, env: &dyn Fn(&str) -> Option<String>) -> Self {
-        let api_key = section.get::<String>("api_key").and_then(|written| match Secret::resolve(&written, env) {
-            Ok(secret) => Some(secret),
-            Err(message) => {
-                section.complain("api_key", message);
-                None
-            }
-        });
+        let api_key = Secret::read(section, "api_key", env);
         Self { base_url: section.get_or("base_url", UpstreamUrl::default()), api_key }
+    }
+}
+
+impl Secret {
+    /// The secret that is written at `key`; `None` where it is absent or cannot be found (which is a complaint).
+    fn read<'s>(section: &Section<'s>, key: &'s str, env: &dyn Fn(&str) -> Option<String>) -> Option<Self> {
+        let written = section.get::<String>(key)?;
+        Self::resolve(&written, env).map_err(|message| section.complain(key, message)).ok()
     }
 }
 
 impl Limits {
     fn read(section: &Section<'_>) -> Self {
-        not_yet_in_a_limits_table(section);
         Self {
             requests: section.get("requests"),
+            tokens: section.get("tokens"),
             concurrency: section.get_or("concurrency", Concurrency::Adaptive),
+            mode: section.get_or("mode", Mode::Enforce),
             replicas: section.get_checked("replicas", 1, positive),
         }
     }
 }
 
-impl ModelLimits {
+impl LimitTable {
     fn read(section: &Section<'_>) -> Self {
-        not_yet_in_a_limits_table(section);
         let concurrency = section.get_checked("concurrency", 0, positive);
-        Self { requests: section.get("requests"), concurrency: (concurrency > 0).then_some(concurrency) }
+        Self {
+            requests: section.get("requests"),
+            tokens: section.get("tokens"),
+            concurrency: (concurrency > 0).then_some(concurrency),
+            mode: section.get_or("mode", Mode::Enforce),
+        }
     }
-}
-
-fn not_yet_in_a_limits_table(section: &Section<'_>) {
-    section.not_yet("tokens", "limit requests and concurrency, and leave tokens out");
-    section.not_yet("mode", "leave it out");
 }
 
 impl Queue {
@@ -467,6 +492,16 @@ impl FromToml for Concurrency {
                 positive(&number).map(|()| Self::Fixed(number))
             }
             _ => Err("write \"adaptive\" or a whole number".to_owned()),
+        }
+    }
+}
+
+impl FromToml for Mode {
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        match value.as_str() {
+            Some("enforce") => Ok(Self::Enforce),
+            Some("observe") => Ok(Self::Observe),
+            _ => Err("write \"enforce\", or \"observe\" to count what would be refused and refuse nothing".to_owned()),
         }
     }
 }

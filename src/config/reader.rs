@@ -153,6 +153,11 @@ impl<'s> Section<'s> {
         }
     }
 
+    /// Whether the file has `key`, right or wrong.
+    pub fn has(&self, key: &str) -> bool {
+        self.peek(key).is_some()
+    }
+
     /// A key that other versions know and this one does nothing with: better an error than silence.
     pub fn not_yet(&self, key: &'s str, instead: &str) {
         if let Some((line, _)) = self.find(key) {

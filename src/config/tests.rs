@@ -1,7 +1,12 @@
 use super::*;
 
 fn parse(source: &str) -> Result<Config, Complaints> {
-    Config::parse(source, &|name| (name == "KEY").then(|| "sk-test".to_owned()))
+    let env = |name: &str| match name {
+        "KEY" => Some("sk-test".to_owned()),
+        "OTHER_KEY" => Some("sk-test-of-another".to_owned()),
+        _ => None,
+    };
+    Config::parse(source, &env)
 }
 
 #[track_caller]
@@ -55,7 +60,8 @@ fn every_commented_example_in_the_shipped_config_toml_can_be_switched_on() {
         .collect();
     let config = Config::parse(&switched_on, &|_| Some("sk-test".to_owned()))
         .unwrap_or_else(|complaints| panic!("{complaints}"));
-    assert!(config.limits.requests.is_some() && config.upstream.api_key.is_some() && !config.models.is_empty());
+    assert!(config.limits.requests.is_some() && config.limits.tokens.is_some() && config.upstream.api_key.is_some());
+    assert!(!config.models.is_empty() && !config.clients.is_empty());
 }
 
 #[test]
@@ -68,13 +74,27 @@ fn what_check_prints_reads_back_as_the_same_configuration() {
         api_key = "env:KEY"
         [limits]
         requests = { rate = "600/min", burst = 7 }
+        tokens = "200000/min"
         concurrency = 12
+        mode = "observe"
         [models."*"]
         requests = "5/s"
         [models."gpt-4.1-mini"]
         concurrency = 3
+        tokens = { rate = "1000000/day", burst = 50000 }
+        [clients.support-bot]
+        key = "env:KEY"
+        [clients."The \"batch\" of \\ números"]
+        key = "env:OTHER_KEY"
+        weight = 0.25
+        max_wait = "20s"
+        requests = "100/min"
+        tokens = "10000/min"
+        concurrency = 4
+        mode = "observe"
     "#;
     let config = parse(source).expect("a good configuration");
+    assert_eq!(config.clients.len(), 2);
     assert_eq!(parse(&config.to_string()).expect("what check prints is good"), config);
     assert!(!config.to_string().contains("sk-test") && !format!("{config:?}").contains("sk-test"));
 }
@@ -119,18 +139,93 @@ bugdet = 0.2
 
 #[test]
 fn a_key_without_effect_yet_is_said_to_be_one() {
-    for source in [
-        "[limits]\ntokens = \"200000/min\"",
-        "[limits]\nmode = \"observe\"",
-        "[clients.a]\nkey = \"x\"",
-        "[log]\naccess = \"stderr\"",
-        "[server]\ntls = { cert = \"a\", key = \"b\" }",
-        "[breaker]\ngive_up = \"30s\"",
-    ] {
+    for source in
+        ["[log]\naccess = \"stderr\"", "[server]\ntls = { cert = \"a\", key = \"b\" }", "[breaker]\ngive_up = \"30s\""]
+    {
         let found = complaints(source);
         assert!(found.len() == 1 && found[0].contains("no effect in this version"), "{found:?}");
     }
     assert!(complaints("[server]\nlisten = \"unix:/run/weir.sock\"")[0].contains("no effect in this version"));
+}
+
+#[test]
+fn every_limit_table_takes_tokens_and_a_mode() {
+    let config = parse(
+        "[limits]\ntokens = \"200000/min\"\nmode = \"observe\"\n[models.a]\ntokens = \"10/s\"\n\
+         [clients.a]\nkey = \"env:KEY\"\ntokens = { rate = \"10/s\", burst = 3 }\nmode = \"enforce\"\n",
+    )
+    .expect("good");
+    assert_eq!(config.limits.tokens.map(|rate| (rate.count, rate.burst)), Some((200_000, 20_000)));
+    assert_eq!((config.limits.mode, config.models["a"].mode), (Mode::Observe, Mode::Enforce));
+    assert_eq!(config.models["a"].tokens, Some(Rate::parse("10/s").expect("a rate")));
+    let client = &config.clients["a"];
+    assert_eq!(
+        (client.limits.tokens.map(|rate| rate.burst), client.weight, client.max_wait),
+        (Some(3), Weight::ONE, None)
+    );
+}
+
+#[test]
+fn what_is_wrong_with_clients_is_told_with_its_place_and_a_way_to_mend_it() {
+    let found = complaints(
+        r#"[clients.keyless]
+weight = 2
+[clients.a]
+key = "env:KEY"
+weight = 0
+[clients.b]
+key = "sk-test"
+weight = "heavy"
+[clients.c]
+key = "env:MISSING"
+weight = -1
+concurrency = 0
+[clients.-]
+key = "sk-d"
+tokens = "99999999999/s"
+[clients.""]
+key = "sk-e"
+mode = "off"
+[clients." f"]
+key = "sk-f"
+max_wait = 5
+keys = 1
+[models.m]
+tokens = "0/min"
+"#,
+    );
+    let expected = [
+        ("line 1: clients.keyless:", r#"key = "env:NAME""#),
+        ("line 5: clients.a.weight:", "0.01 to 1000"),
+        ("line 7: clients.b.key:", "a key of its own"),
+        ("line 8: clients.b.weight:", "0.01 to 1000"),
+        ("line 10: clients.c.key:", "MISSING"),
+        ("line 11: clients.c.weight:", "0.01 to 1000"),
+        ("line 12: clients.c.concurrency:", "at least 1"),
+        ("line 13: clients.-:", "another name"),
+        ("line 15: clients.-.tokens:", "leave the limit out"),
+        ("line 16: clients.\"\":", "[clients.support-bot]"),
+        ("line 18: clients.\"\".mode:", "observe"),
+        ("line 19: clients.\" f\":", "visible characters"),
+        ("line 21: clients.\" f\".max_wait:", "5s"),
+        ("line 22: clients.\" f\".keys:", "did you mean \"key\"?"),
+        ("line 24: models.m.tokens:", "600/min"),
+    ];
+    assert_eq!(found.len(), expected.len(), "{found:#?}");
+    for (complaint, (place, mend)) in found.iter().zip(expected) {
+        assert!(complaint.starts_with(place) && complaint.contains(mend), "{complaint}");
+    }
+    assert!(found[2].contains("\"a\"") && found[2].contains("\"b\""), "both are named: {}", found[2]);
+    assert!(!found.concat().contains("sk-"), "no key is shown: {found:#?}");
+}
+
+#[test]
+fn a_name_that_is_too_long_and_a_client_too_many_are_refused() {
+    let long = format!("[clients.{}]\nkey = \"k\"", "x".repeat(201));
+    assert!(complaints(&long)[0].contains("a shorter name"));
+    let many: String = (0..=1000).map(|i| format!("[clients.c{i:04}]\nkey = \"k{i}\"\n")).collect();
+    let found = complaints(&many);
+    assert!(found.len() == 1 && found[0].contains("more than 1000"), "{found:?}");
 }
 
 #[test]
@@ -143,6 +238,8 @@ fn a_syntax_error_has_its_line() {
 fn weir_refuses_to_lend_its_key_to_strangers() {
     let open = "[server]\nlisten = \"0.0.0.0:8080\"\n[upstream]\napi_key = \"env:KEY\"\n";
     assert!(complaints(open)[0].contains("allow_anonymous"));
+    assert!(complaints(open)[0].contains("[clients]"));
+    assert!(parse(&format!("{open}[clients.a]\nkey = \"env:OTHER_KEY\"\n")).is_ok());
     assert!(parse(&open.replace("[upstream]", "allow_anonymous = true\n[upstream]")).is_ok());
     assert!(parse(&open.replace("0.0.0.0", "127.0.0.1")).is_ok());
     assert!(parse(&open.replace("api_key", "# api_key")).is_ok());
