@@ -16,6 +16,10 @@ use crate::openai::{envelope, headers};
 pub enum Cause {
     /// A request quota is used up, and the wait would be too long.
     Requests,
+    /// A token quota is used up, and the wait would be too long.
+    Tokens,
+    /// A client's own slots stayed busy for as long as the request could wait.
+    ClientConcurrency,
     /// All slots stayed busy for as long as the request could wait.
     Concurrency,
     /// No room in the queue, by number or by bytes.
@@ -42,6 +46,8 @@ pub enum Cause {
     BadRequest,
     /// A key that decides about limits stands twice in the body.
     DuplicateKey,
+    /// The key is none of those in `[clients]`.
+    InvalidApiKey,
     /// The path is not under `/v1`.
     UnknownPath,
     /// The body came too slowly.
@@ -77,8 +83,10 @@ struct Row {
 
 impl Cause {
     /// Every cause, in the order of the table.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 22] = [
         Self::Requests,
+        Self::Tokens,
+        Self::ClientConcurrency,
         Self::Concurrency,
         Self::QueueFull,
         Self::Draining,
@@ -92,6 +100,7 @@ impl Cause {
         Self::DeadlineExceeded,
         Self::BadRequest,
         Self::DuplicateKey,
+        Self::InvalidApiKey,
         Self::UnknownPath,
         Self::RequestTimeout,
         Self::RequestTooLarge,
@@ -104,6 +113,8 @@ impl Cause {
         const INVALID: &str = "invalid_request_error";
         let (status, kind, code, refused_by, hint) = match self {
             Self::Requests => (429, "requests", "rate_limit_exceeded", Some("requests"), Hint::Exact),
+            Self::Tokens => (429, "tokens", "rate_limit_exceeded", Some("tokens"), Hint::Exact),
+            Self::ClientConcurrency => (429, "concurrency", "rate_limit_exceeded", Some("concurrency"), Hint::Exact),
             Self::Concurrency => (503, "overloaded", "concurrency_exhausted", Some("concurrency"), Hint::Exact),
             Self::QueueFull => (503, "overloaded", "queue_full", Some("queue"), Hint::Exact),
             Self::Draining => (503, "overloaded", "draining", Some("drain"), Hint::Exact),
@@ -117,6 +128,7 @@ impl Cause {
             Self::DeadlineExceeded => (504, "timeout", "deadline_exceeded", None, Hint::DoNotRetry),
             Self::BadRequest => (400, INVALID, "bad_request", None, Hint::None),
             Self::DuplicateKey => (400, INVALID, "duplicate_key", None, Hint::None),
+            Self::InvalidApiKey => (401, INVALID, "invalid_api_key", None, Hint::None),
             Self::UnknownPath => (404, INVALID, "unknown_path", None, Hint::None),
             Self::RequestTimeout => (408, INVALID, "request_timeout", None, Hint::None),
             Self::RequestTooLarge => (413, INVALID, "request_too_large", None, Hint::None),
@@ -159,7 +171,7 @@ pub struct Failure {
     pub message: String,
     /// When a new try would be served in time.
     pub retry_after: Option<Duration>,
-    /// Whose limit it was: `global` or `model:NAME`.
+    /// Whose limit it was: `global`, `model:NAME`, or `client` for one of the client's own.
     pub scope: Option<String>,
 }
 
@@ -180,6 +192,10 @@ impl Failure {
             Hint::Exact => self.write_retry_after(fields),
             Hint::DoNotRetry => no_retry(fields),
             Hint::None => {}
+        }
+        if row.status == StatusCode::UNAUTHORIZED {
+            // RFC 9110, 15.5.2.
+            fields.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         if let Some(word) = row.refused_by {
             let who = self.scope.as_ref().map_or(word.to_owned(), |scope| format!("{word}; {scope}"));
@@ -266,9 +282,20 @@ mod tests {
     }
 
     #[test]
+    fn who_is_not_known_is_told_how_to_show_a_key() {
+        let response = Failure::new(Cause::InvalidApiKey, "who are you?").response(None);
+        assert_eq!(
+            (response.status().as_u16(), &response.headers()["www-authenticate"]),
+            (401, &"Bearer".parse().expect("ok"))
+        );
+    }
+
+    #[test]
     fn whose_limit_it_was_stands_in_a_header() {
         let failure = Failure { scope: Some("model:gpt-4.1-mini".into()), ..Failure::new(Cause::Requests, "wait") };
         assert_eq!(failure.response(None).headers()["x-weir-refused-by"], "requests; model:gpt-4.1-mini");
+        let own = Failure { scope: Some("client".into()), ..Failure::new(Cause::ClientConcurrency, "wait") };
+        assert_eq!(own.response(None).headers()["x-weir-refused-by"], "concurrency; client");
         let odd = Failure { scope: Some("model:a\nb".into()), ..Failure::new(Cause::Requests, "wait") };
         assert!(!odd.response(None).headers().contains_key("x-weir-refused-by"));
     }

@@ -70,6 +70,7 @@ vocabulary! {
     /// Whose limit refused a request.
     RefusedBy {
         Requests = "requests",
+        Tokens = "tokens",
         Concurrency = "concurrency",
         Queue = "queue",
         Drain = "drain",
