@@ -9,6 +9,7 @@ pub mod config;
 pub mod models;
 pub mod openai;
 pub mod error;
+pub mod clients;
 pub mod metrics;
 pub mod ledger;
 pub mod admission;
