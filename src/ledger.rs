@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::metrics::{AttemptResult, Metrics, ModelMetrics, Outcome, Phase, TokenKind};
+use crate::clients::ClientId;
+use crate::metrics::{AttemptResult, Metrics, ModelMetrics, Outcome, PairMetrics, Phase, RefusedBy, TokenKind};
 use crate::models::ModelId;
 use crate::openai::usage::Usage;
 
@@ -13,7 +14,10 @@ use crate::openai::usage::Usage;
 /// went away.
 pub struct Ledger {
     metrics: Arc<Metrics>,
+    /// Whose request it is, and for which model.
+    of: (ModelId, ClientId),
     model: Arc<ModelMetrics>,
+    pair: Arc<PairMetrics>,
     arrived: Instant,
     phase: Phase,
     /// Time spent in the queue, all attempts together.
@@ -34,10 +38,13 @@ struct Attempt {
 }
 
 impl Ledger {
-    /// Opens the account of a request that has just arrived; its model is not known yet.
+    /// Opens the account of a request that has just arrived; neither its model nor its client is known yet.
     pub fn open(metrics: Arc<Metrics>, arrived: Instant) -> Self {
+        let of = (ModelId::NONE, ClientId::NONE);
         Self {
-            model: metrics.model(ModelId::NONE),
+            of,
+            model: metrics.model(of.0),
+            pair: metrics.pair(of.0, of.1),
             metrics,
             arrived,
             phase: Phase::Queue,
@@ -52,7 +59,17 @@ impl Ledger {
 
     /// The model is known.
     pub fn set_model(&mut self, model: ModelId) {
+        self.of.0 = model;
         self.model = self.metrics.model(model);
+        self.pair = self.metrics.pair(model, self.of.1);
+    }
+
+    /// The client is known by name.
+    pub fn set_client(&mut self, client: ClientId) {
+        if client != self.of.1 {
+            self.of.1 = client;
+            self.pair = self.metrics.pair(self.of.0, client);
+        }
     }
 
     /// When the request arrived.
@@ -139,7 +156,7 @@ impl Ledger {
             (TokenKind::Reasoning, usage.reasoning),
         ];
         for (kind, count) in counts {
-            self.model.tokens(kind, count);
+            self.pair.tokens(kind, count);
         }
         let first_event = self.attempt.as_ref().and_then(|attempt| attempt.first_event);
         if let (Some(first), 2..) = (first_event, usage.completion) {
@@ -149,8 +166,13 @@ impl Ledger {
     }
 
     /// weir refused the request.
-    pub fn refused(&self, by: crate::metrics::RefusedBy) {
-        self.model.refused(by);
+    pub fn refused(&self, by: RefusedBy) {
+        self.pair.refused(by);
+    }
+
+    /// A limit that only observes would have refused the request.
+    pub fn observed(&self, by: RefusedBy) {
+        self.pair.observed(by);
     }
 
     /// The request has ended. Only the first call counts.
@@ -158,7 +180,7 @@ impl Ledger {
         if !std::mem::replace(&mut self.open, false) {
             return;
         }
-        self.model.request(outcome);
+        self.pair.request(outcome);
         if self.attempts > 0 && matches!(outcome, Outcome::Ok | Outcome::ClientError | Outcome::UpstreamError) {
             self.model.request_duration(self.arrived.elapsed());
         }

@@ -1,17 +1,20 @@
 //! Every metric and label. The only user of `prometheus`.
 //!
-//! Handles are kept per model, so that a request touches atomics only: no label is hashed, and none can collide with
-//! another (prometheus' own vectors hash label values without a separator). The labels' values are closed vocabularies and
-//! the bounded names of [`Models`]; nothing a client sends makes a series. Gauges are read when scraped.
+//! Handles are kept per model, and per model and client, so that a request touches atomics only: no label is hashed, and
+//! none can collide with another (prometheus' own vectors hash label values without a separator). The labels' values are
+//! closed vocabularies, the bounded names of [`Models`] and the configuration's clients; nothing a client sends makes a
+//! series. Gauges are read when scraped.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use prometheus::core::{Collector as _, Metric as _};
 use prometheus::process_collector::ProcessCollector;
-use prometheus::proto::{Gauge, LabelPair, Metric, MetricFamily, MetricType};
-use prometheus::{Histogram, HistogramOpts, IntCounter, TextEncoder};
+use prometheus::proto::{Counter, Gauge, LabelPair, Metric, MetricFamily, MetricType};
+use prometheus::{Histogram, HistogramOpts, TextEncoder};
 
+use crate::clients::ClientId;
 use crate::models::{ModelId, Models};
 
 /// Defines a label's closed vocabulary.
@@ -97,21 +100,60 @@ vocabulary! {
 }
 
 /// One counter for each value of a vocabulary.
-struct Counters<const N: usize>([IntCounter; N]);
+struct Counters<const N: usize>([AtomicU64; N]);
 
 impl<const N: usize> Counters<N> {
     fn new() -> Self {
-        Self(std::array::from_fn(|_| IntCounter::new("x", "x").expect("a valid name")))
+        Self([const { AtomicU64::new(0) }; N])
+    }
+
+    fn add(&self, index: usize, count: u64) {
+        self.0[index].fetch_add(count, Ordering::Relaxed);
+    }
+
+    fn read(&self) -> [u64; N] {
+        self.0.each_ref().map(|counter| counter.load(Ordering::Relaxed))
     }
 }
 
-/// What is counted for one model.
-pub struct ModelMetrics {
+/// What is counted for one client's requests for one model.
+pub struct PairMetrics {
     requests: Counters<{ Outcome::ALL.len() }>,
+    refused: Counters<{ RefusedBy::ALL.len() }>,
+    observed: Counters<{ RefusedBy::ALL.len() }>,
+    tokens: Counters<{ TokenKind::ALL.len() }>,
+}
+
+impl PairMetrics {
+    fn new() -> Self {
+        Self { requests: Counters::new(), refused: Counters::new(), observed: Counters::new(), tokens: Counters::new() }
+    }
+
+    /// A request has ended.
+    pub fn request(&self, outcome: Outcome) {
+        self.requests.add(outcome as usize, 1);
+    }
+
+    /// weir refused a request.
+    pub fn refused(&self, by: RefusedBy) {
+        self.refused.add(by as usize, 1);
+    }
+
+    /// A limit that only observes would have refused a request.
+    pub fn observed(&self, by: RefusedBy) {
+        self.observed.add(by as usize, 1);
+    }
+
+    /// The gateway counted so many tokens.
+    pub fn tokens(&self, kind: TokenKind, count: u64) {
+        self.tokens.add(kind as usize, count);
+    }
+}
+
+/// What is counted for one model, whoever asks for it.
+pub struct ModelMetrics {
     attempts: Counters<{ AttemptResult::ALL.len() }>,
     retries: Counters<{ AttemptResult::ALL.len() }>,
-    refused: Counters<{ RefusedBy::ALL.len() }>,
-    tokens: Counters<{ TokenKind::ALL.len() }>,
     request_duration: Histogram,
     upstream_duration: Histogram,
     first_token: Histogram,
@@ -122,11 +164,8 @@ pub struct ModelMetrics {
 impl ModelMetrics {
     fn new() -> Self {
         Self {
-            requests: Counters::new(),
             attempts: Counters::new(),
             retries: Counters::new(),
-            refused: Counters::new(),
-            tokens: Counters::new(),
             // 10 ms to 655 s: the SDKs wait for 600.
             request_duration: histogram(0.01, 2.0, 17),
             upstream_duration: histogram(0.01, 2.0, 17),
@@ -139,11 +178,6 @@ impl ModelMetrics {
         }
     }
 
-    /// A request has ended.
-    pub fn request(&self, outcome: Outcome) {
-        self.requests.0[outcome as usize].inc();
-    }
-
     /// A request was answered; all its waiting included.
     pub fn request_duration(&self, duration: Duration) {
         self.request_duration.observe(duration.as_secs_f64());
@@ -151,23 +185,13 @@ impl ModelMetrics {
 
     /// An attempt has ended that long after it began.
     pub fn attempt(&self, result: AttemptResult, duration: Duration) {
-        self.attempts.0[result as usize].inc();
+        self.attempts.add(result as usize, 1);
         self.upstream_duration.observe(duration.as_secs_f64());
     }
 
     /// An attempt that ended like this is made again.
     pub fn retry(&self, reason: AttemptResult) {
-        self.retries.0[reason as usize].inc();
-    }
-
-    /// weir refused a request.
-    pub fn refused(&self, by: RefusedBy) {
-        self.refused.0[by as usize].inc();
-    }
-
-    /// The gateway counted so many tokens.
-    pub fn tokens(&self, kind: TokenKind, count: u64) {
-        self.tokens.0[kind as usize].inc_by(count);
+        self.retries.add(reason as usize, 1);
     }
 
     /// From sending the attempt that answered to its first event.
@@ -198,13 +222,13 @@ pub struct ModelGauges {
 /// What is left of one limit, read when scraped.
 #[derive(Debug, Clone)]
 pub struct LimitGauge {
-    /// `global` or `model`.
+    /// `global`, `model` or `client`.
     pub scope: &'static str,
-    /// The model's name; empty for the global limits.
+    /// The model's name, or the client's; empty for the global limits.
     pub name: String,
-    /// `requests` or `concurrency`.
+    /// `requests`, `tokens` or `concurrency`.
     pub unit: &'static str,
-    pub remaining: u32,
+    pub remaining: u64,
 }
 
 /// All gauges, read when scraped.
@@ -215,27 +239,71 @@ pub struct Gauges {
     pub connections_active: u64,
     pub connections_idle: u64,
     pub buffered_bytes: u64,
+    /// Tokens that requests under way are estimated to take.
+    pub reserved_tokens: u64,
+}
+
+/// A table by [`ModelId::index`], filled as models come into use.
+struct PerModel<T> {
+    /// The two that every weir has, without a lock.
+    stand_ins: [OnceLock<Arc<T>>; 2],
+    named: RwLock<Vec<Option<Arc<T>>>>,
+}
+
+impl<T> PerModel<T> {
+    fn new() -> Self {
+        Self { stand_ins: [const { OnceLock::new() }; 2], named: RwLock::default() }
+    }
+
+    /// The model's entry, made where there is none.
+    fn get(&self, id: ModelId, make: fn() -> T) -> Arc<T> {
+        if let Some(stand_in) = self.stand_ins.get(id.index()) {
+            return Arc::clone(stand_in.get_or_init(|| Arc::new(make())));
+        }
+        if let Some(known) = self.find(id) {
+            return known;
+        }
+        let mut named = self.named.write().unwrap_or_else(PoisonError::into_inner);
+        if named.len() <= id.index() {
+            named.resize_with(id.index() + 1, || None);
+        }
+        Arc::clone(named[id.index()].get_or_insert_with(|| Arc::new(make())))
+    }
+
+    /// The model's entry, if it was asked for before.
+    fn find(&self, id: ModelId) -> Option<Arc<T>> {
+        match self.stand_ins.get(id.index()) {
+            Some(stand_in) => stand_in.get().cloned(),
+            None => self.named.read().unwrap_or_else(PoisonError::into_inner).get(id.index()).cloned().flatten(),
+        }
+    }
 }
 
 /// Everything that is counted.
 pub struct Metrics {
     models: Arc<Models>,
-    /// By [`ModelId::index`]; filled as models come into use.
-    per_model: RwLock<Vec<Option<Arc<ModelMetrics>>>>,
-    /// The two that every weir has, without a lock.
-    stand_ins: [OnceLock<Arc<ModelMetrics>>; 2],
+    per_model: PerModel<ModelMetrics>,
+    /// By [`ClientId::index`].
+    clients: Vec<ClientPairs>,
     disconnects: Counters<{ Phase::ALL.len() }>,
     overhead: Histogram,
     process: ProcessCollector,
 }
 
+/// What is counted for one client.
+struct ClientPairs {
+    name: Arc<str>,
+    per_model: PerModel<PairMetrics>,
+}
+
 impl Metrics {
-    /// All zero.
-    pub fn new(models: Arc<Models>) -> Self {
+    /// All zero. The clients' names come in the order of [`ClientId::index`].
+    pub fn new<'c>(models: Arc<Models>, client_names: impl IntoIterator<Item = &'c Arc<str>>) -> Self {
+        let pairs = |name: &Arc<str>| ClientPairs { name: Arc::clone(name), per_model: PerModel::new() };
         Self {
             models,
-            per_model: RwLock::default(),
-            stand_ins: Default::default(),
+            per_model: PerModel::new(),
+            clients: client_names.into_iter().map(pairs).collect(),
             disconnects: Counters::new(),
             // 50 us to 100 ms.
             overhead: histogram(0.000_05, 2.0, 12),
@@ -245,23 +313,17 @@ impl Metrics {
 
     /// The handles of a model.
     pub fn model(&self, id: ModelId) -> Arc<ModelMetrics> {
-        if let Some(stand_in) = self.stand_ins.get(id.index()) {
-            return Arc::clone(stand_in.get_or_init(|| Arc::new(ModelMetrics::new())));
-        }
-        let known = |per_model: &[Option<Arc<ModelMetrics>>]| per_model.get(id.index()).cloned().flatten();
-        if let Some(metrics) = known(&self.per_model.read().unwrap_or_else(PoisonError::into_inner)) {
-            return metrics;
-        }
-        let mut per_model = self.per_model.write().unwrap_or_else(PoisonError::into_inner);
-        if per_model.len() <= id.index() {
-            per_model.resize(id.index() + 1, None);
-        }
-        Arc::clone(per_model[id.index()].get_or_insert_with(|| Arc::new(ModelMetrics::new())))
+        self.per_model.get(id, ModelMetrics::new)
+    }
+
+    /// The handles of a client's requests for a model.
+    pub fn pair(&self, model: ModelId, client: ClientId) -> Arc<PairMetrics> {
+        self.clients[client.index()].per_model.get(model, PairMetrics::new)
     }
 
     /// A client went away.
     pub fn disconnect(&self, phase: Phase) {
-        self.disconnects.0[phase as usize].inc();
+        self.disconnects.add(phase as usize, 1);
     }
 
     /// What weir itself added to a request, waiting excluded.
@@ -271,8 +333,9 @@ impl Metrics {
 
     /// Everything, in Prometheus' text format.
     pub fn encode(&self, gauges: &Gauges) -> String {
-        let models = self.in_use();
-        let mut families: Vec<MetricFamily> = COUNTERS.iter().map(|family| family.of(&models)).collect();
+        let (models, pairs) = (self.models_in_use(), self.pairs_in_use());
+        let mut families: Vec<MetricFamily> = PAIR_COUNTERS.iter().map(|family| family.of(&pairs)).collect();
+        families.extend(MODEL_COUNTERS.iter().map(|family| family.of(&models)));
         families.extend(HISTOGRAMS.iter().map(|family| family.of(&models)));
         families.push(self.disconnects());
         families.push(family(
@@ -287,90 +350,106 @@ impl Metrics {
         TextEncoder::new().encode_to_string(&families).expect("named families that are not empty can be encoded")
     }
 
-    /// Every model that was asked for since the start, with its name.
-    fn in_use(&self) -> Vec<(Arc<str>, Arc<ModelMetrics>)> {
-        let per_model = self.per_model.read().unwrap_or_else(PoisonError::into_inner);
-        let find = |id: ModelId| match self.stand_ins.get(id.index()) {
-            Some(stand_in) => stand_in.get().cloned(),
-            None => per_model.get(id.index()).cloned().flatten(),
+    /// Every model that was asked for since the start.
+    fn models_in_use(&self) -> Vec<InUse<ModelMetrics>> {
+        let find = |id| Some(InUse { model: self.models.name(id), client: None, metrics: self.per_model.find(id)? });
+        self.models.all().into_iter().filter_map(find).collect()
+    }
+
+    /// Every model with every client that asked for it since the start.
+    fn pairs_in_use(&self) -> Vec<InUse<PairMetrics>> {
+        let models = self.models.all();
+        let of_client = |client: &ClientPairs| {
+            let find = |id: &ModelId| {
+                let (model, client_name) = (self.models.name(*id), Arc::clone(&client.name));
+                Some(InUse { model, client: Some(client_name), metrics: client.per_model.find(*id)? })
+            };
+            models.iter().filter_map(find).collect::<Vec<_>>()
         };
-        self.models.all().into_iter().filter_map(|id| Some((self.models.name(id), find(id)?))).collect()
+        self.clients.iter().flat_map(of_client).collect()
     }
 
     fn disconnects(&self) -> MetricFamily {
-        let phases = Phase::ALL.iter().zip(&self.disconnects.0);
-        let metrics = phases.map(|(phase, counter)| labeled(counter.metric(), &[("phase", phase.label())]));
+        let phases = Phase::ALL.iter().zip(self.disconnects.read());
+        let metrics = phases.map(|(phase, count)| counter(count, &[("phase", phase.label())]));
         let help = "Clients that went away before their answer was whole, by how far the request had come.";
         family("weir_client_disconnects_total", help, MetricType::COUNTER, metrics.collect())
     }
 }
 
-type InUse = [(Arc<str>, Arc<ModelMetrics>)];
+/// What is counted, and the names that stand for what it is counted for.
+struct InUse<T> {
+    model: Arc<str>,
+    /// Absent where clients are not told apart.
+    client: Option<Arc<str>>,
+    metrics: Arc<T>,
+}
 
-/// A family of counters, one for each model and value of a vocabulary.
-struct CounterFamily {
+/// A family of counters, one for each model (and client) and value of a vocabulary.
+struct CounterFamily<T> {
     name: &'static str,
     help: &'static str,
     label: &'static str,
-    /// Whether there is a `client` label.
-    by_client: bool,
-    values: fn(&ModelMetrics) -> Vec<(&'static str, &IntCounter)>,
+    values: fn(&T) -> Vec<(&'static str, u64)>,
 }
 
 /// Pairs a vocabulary's labels with its counters.
 macro_rules! values {
     ($vocabulary:ident, $field:ident) => {
-        |metrics| $vocabulary::ALL.iter().map(|value| value.label()).zip(&metrics.$field.0).collect()
+        |metrics| $vocabulary::ALL.iter().map(|value| value.label()).zip(metrics.$field.read()).collect()
     };
 }
 
-const COUNTERS: [CounterFamily; 5] = [
+const PAIR_COUNTERS: [CounterFamily<PairMetrics>; 4] = [
     CounterFamily {
         name: "weir_requests_total",
         help: "Requests, by how they ended for the client.",
         label: "outcome",
-        by_client: true,
         values: values!(Outcome, requests),
     },
     CounterFamily {
         name: "weir_refused_total",
         help: "Requests that weir refused, by whose limit it was.",
         label: "reason",
-        by_client: true,
         values: values!(RefusedBy, refused),
     },
+    CounterFamily {
+        name: "weir_observed_total",
+        help: "Requests that a limit in observe mode would have refused.",
+        label: "reason",
+        values: values!(RefusedBy, observed),
+    },
+    CounterFamily {
+        name: "weir_tokens_total",
+        help: "Tokens as the gateway counts them. cached is part of prompt, reasoning part of completion.",
+        label: "kind",
+        values: values!(TokenKind, tokens),
+    },
+];
+
+const MODEL_COUNTERS: [CounterFamily<ModelMetrics>; 2] = [
     CounterFamily {
         name: "weir_upstream_attempts_total",
         help: "Attempts at the gateway, by how they ended. More than requests: there were retries.",
         label: "result",
-        by_client: false,
         values: values!(AttemptResult, attempts),
     },
     CounterFamily {
         name: "weir_retries_total",
         help: "Attempts that were made again, by how the one before had ended.",
         label: "reason",
-        by_client: false,
         values: values!(AttemptResult, retries),
-    },
-    CounterFamily {
-        name: "weir_tokens_total",
-        help: "Tokens as the gateway counts them. cached is part of prompt, reasoning part of completion.",
-        label: "kind",
-        by_client: true,
-        values: values!(TokenKind, tokens),
     },
 ];
 
-impl CounterFamily {
-    fn of(&self, models: &InUse) -> MetricFamily {
-        let metrics = models.iter().flat_map(|(model, metrics)| {
-            (self.values)(metrics).into_iter().map(|(value, counter)| {
-                // Nobody is told apart by client yet: the label is there so that queries need not change.
-                let client = self.by_client.then_some(("client", "-"));
+impl<T> CounterFamily<T> {
+    fn of(&self, in_use: &[InUse<T>]) -> MetricFamily {
+        let metrics = in_use.iter().flat_map(|InUse { model, client, metrics }| {
+            (self.values)(metrics).into_iter().map(move |(value, count)| {
+                let client = client.as_ref().map(|client| ("client", &**client));
                 let labels: Vec<_> =
                     [("model", &**model)].into_iter().chain(client).chain([(self.label, value)]).collect();
-                labeled(counter.metric(), &labels)
+                counter(count, &labels)
             })
         });
         family(self.name, self.help, MetricType::COUNTER, metrics.collect())
@@ -413,8 +492,9 @@ const HISTOGRAMS: [HistogramFamily; 5] = [
 ];
 
 impl HistogramFamily {
-    fn of(&self, models: &InUse) -> MetricFamily {
-        let metrics = models.iter().map(|(model, metrics)| labeled((self.pick)(metrics).metric(), &[("model", model)]));
+    fn of(&self, models: &[InUse<ModelMetrics>]) -> MetricFamily {
+        let of_model = |of: &InUse<ModelMetrics>| labeled((self.pick)(&of.metrics).metric(), &[("model", &of.model)]);
+        let metrics = models.iter().map(of_model);
         family(self.name, self.help, MetricType::HISTOGRAM, metrics.collect())
     }
 }
@@ -429,7 +509,7 @@ fn gauge_families(gauges: &Gauges) -> Vec<MetricFamily> {
         metrics.collect::<Vec<_>>()
     };
     let limits = gauges.limits.iter().map(|limit| {
-        gauge(f64::from(limit.remaining), &[("scope", limit.scope), ("name", &limit.name), ("unit", limit.unit)])
+        gauge(limit.remaining as f64, &[("scope", limit.scope), ("name", &limit.name), ("unit", limit.unit)])
     });
     let connections = [("active", gauges.connections_active), ("idle", gauges.connections_idle)];
     let connections = connections.map(|(state, count)| gauge(count as f64, &[("state", state)])).to_vec();
@@ -445,11 +525,16 @@ fn gauge_families(gauges: &Gauges) -> Vec<MetricFamily> {
         ),
         row(
             "weir_limit_remaining",
-            "What is left of a limit now: requests that may start, or free slots.",
+            "What is left of a limit now: requests that may start, tokens that may be asked for, or free slots.",
             limits.collect(),
         ),
         row("weir_upstream_connections", "Connections to the gateway.", connections),
         row("weir_buffered_bytes", "Request bodies held in memory.", vec![gauge(gauges.buffered_bytes as f64, &[])]),
+        row(
+            "weir_reserved_tokens",
+            "Estimated tokens of requests under way, not settled yet.",
+            vec![gauge(gauges.reserved_tokens as f64, &[])],
+        ),
         row("weir_build_info", "1, with the version as a label.", vec![version]),
     ]
 }
@@ -458,6 +543,13 @@ fn histogram(start: f64, factor: f64, count: usize) -> Histogram {
     let buckets =
         prometheus::exponential_buckets(start, factor, count).expect("the start is positive and the factor above 1");
     Histogram::with_opts(HistogramOpts::new("x", "x").buckets(buckets)).expect("a valid name")
+}
+
+fn counter(count: u64, labels: &[(&str, &str)]) -> Metric {
+    let (mut metric, mut counter) = (Metric::default(), Counter::default());
+    counter.set_value(count as f64);
+    metric.set_counter(counter);
+    labeled(metric, labels)
 }
 
 fn gauge(value: f64, labels: &[(&str, &str)]) -> Metric {
@@ -489,30 +581,60 @@ fn family(name: &str, help: &str, kind: MetricType, metrics: Vec<Metric>) -> Met
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clients::Clients;
+    use crate::config::Config;
+
+    /// The metrics of a weir with these models and without clients.
+    fn metrics(models: &Arc<Models>) -> Metrics {
+        Metrics::new(models.clone(), Clients::new(&Config::default()).names())
+    }
 
     #[test]
     fn two_models_never_share_a_series() {
         let models = Arc::new(Models::new(["gpt-4", "gpt-4-"]));
-        let metrics = Metrics::new(models.clone());
-        metrics.model(models.find("gpt-4")).request(Outcome::Ok);
-        metrics.model(models.find("gpt-4-")).request(Outcome::Ok);
+        let metrics = metrics(&models);
+        metrics.pair(models.find("gpt-4"), ClientId::NONE).request(Outcome::Ok);
+        metrics.pair(models.find("gpt-4-"), ClientId::NONE).request(Outcome::Ok);
         let text = metrics.encode(&Gauges::default());
         assert!(text.contains(r#"weir_requests_total{model="gpt-4",client="-",outcome="ok"} 1"#), "{text}");
         assert!(text.contains(r#"weir_requests_total{model="gpt-4-",client="-",outcome="ok"} 1"#), "{text}");
     }
 
     #[test]
+    fn each_client_has_counters_of_its_own_for_each_model() {
+        let config = Config::parse("[clients.a]\nkey = \"k1\"\n[clients.b]\nkey = \"k2\"", &|_| None).expect("good");
+        let (models, clients) = (Arc::new(Models::new(["m"])), Clients::new(&config));
+        let metrics = Metrics::new(models.clone(), clients.names());
+        for (count, client) in [ClientId::NONE].into_iter().chain(clients.ids()).enumerate() {
+            metrics.pair(models.find("m"), client).tokens(TokenKind::Prompt, count as u64);
+            metrics.pair(models.find("m"), client).observed(RefusedBy::Tokens);
+        }
+        let text = metrics.encode(&Gauges::default());
+        for series in [
+            r#"weir_tokens_total{model="m",client="-",kind="prompt"} 0"#,
+            r#"weir_tokens_total{model="m",client="a",kind="prompt"} 1"#,
+            r#"weir_tokens_total{model="m",client="b",kind="prompt"} 2"#,
+            r#"weir_observed_total{model="m",client="b",reason="tokens"} 1"#,
+            "weir_reserved_tokens 0",
+        ] {
+            assert!(text.contains(series), "{series} is not in {text}");
+        }
+        assert!(!text.contains(r#"model="other""#), "only what was asked for has series");
+    }
+
+    #[test]
     fn a_name_with_quotes_and_line_breaks_is_escaped() {
         let models = Arc::new(Models::new(["a\"b\n"]));
-        let metrics = Metrics::new(models.clone());
+        let metrics = metrics(&models);
         metrics.model(models.find("a\"b\n")).retry(AttemptResult::ServerError);
         assert!(metrics.encode(&Gauges::default()).contains(r#"weir_retries_total{model="a\"b\n",reason="5xx"} 1"#));
     }
 
     #[test]
     fn every_family_has_a_help_text_and_the_prefix() {
-        let metrics = Metrics::new(Arc::new(Models::new([])));
-        metrics.model(ModelId::NONE).request(Outcome::Ok);
+        let metrics = metrics(&Arc::new(Models::new([])));
+        metrics.model(ModelId::NONE).retry(AttemptResult::Reset);
+        metrics.pair(ModelId::NONE, ClientId::NONE).request(Outcome::Ok);
         let gauges = Gauges {
             models: vec![ModelGauges { model: "a".into(), concurrency_limit: Some(10), ..ModelGauges::default() }],
             limits: vec![LimitGauge { scope: "global", name: String::new(), unit: "requests", remaining: 3 }],

@@ -177,7 +177,7 @@ impl Gate {
                 Scope::Global => ("global", String::new()),
                 Scope::Model(name) => ("model", name.to_string()),
             };
-            LimitGauge { scope, name, unit, remaining }
+            LimitGauge { scope, name, unit, remaining: u64::from(remaining) }
         });
         views.collect()
     }

@@ -25,6 +25,7 @@ use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use crate::admission::{Applicant, ByteBudget, Gate, Permit};
+use crate::clients::Clients;
 use crate::config::Config;
 use crate::error::Failure;
 use crate::ledger::Ledger;
@@ -51,6 +52,7 @@ pub struct Proxy {
 struct Shared {
     config: Arc<Config>,
     models: Arc<Models>,
+    clients: Clients,
     metrics: Arc<Metrics>,
     gate: Arc<Gate>,
     policy: Policy,
@@ -76,8 +78,9 @@ impl Proxy {
         let models = Arc::new(Models::new(configured));
         let instance = format!("{:08x}", rand::random::<u32>());
         let authority = config.upstream.base_url.authority().as_str();
+        let clients = Clients::new(&config);
         let shared = Shared {
-            metrics: Arc::new(Metrics::new(models.clone())),
+            metrics: Arc::new(Metrics::new(models.clone(), clients.names())),
             gate: Gate::open(&config, models.clone()),
             policy: Policy::new(&config.retry, Instant::now()),
             memory: ByteBudget::new(config.queue.max_bytes),
@@ -87,6 +90,7 @@ impl Proxy {
             requests: AtomicU64::new(0),
             fingerprints: RandomState::new(),
             models,
+            clients,
             connector,
             instance,
             config,
@@ -124,6 +128,8 @@ impl Proxy {
             connections_active,
             connections_idle,
             buffered_bytes: self.shared.memory.held(),
+            // No limit on tokens is enforced yet.
+            reserved_tokens: 0,
         }
     }
 
