@@ -31,7 +31,7 @@ use limit::Measure;
 use queue::{Ask, Grant, Offer, Queue, Rules, Ticket};
 use slots::Slots;
 
-pub use bytes::{ByteBudget, HeldBytes};
+pub use bytes::{ByteBudget, HeldBytes, NoRoom};
 pub use limit::{Rank, Scope};
 pub use queue::Lane;
 pub use refusal::Refusal;

@@ -13,7 +13,7 @@ use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use tokio::time::{Instant, Sleep};
 
-use crate::admission::HeldBytes;
+use crate::admission::{HeldBytes, NoRoom};
 use crate::config::units::{format_duration, format_size};
 use crate::error::{Cause, Failure};
 use crate::upstream::BodyFault;
@@ -63,10 +63,7 @@ pub async fn read(body: &mut Incoming, limits: ReadLimits, held: &mut HeldBytes)
         let frame =
             frame.map_err(|error| Failure::new(Cause::BadRequest, format!("the request's body broke off: {error}")))?;
         let Ok(data) = frame.into_data() else { continue };
-        if !held.grow(data.len()) {
-            let message = "weir holds as many request bodies as queue.max_bytes allows; try again in a second";
-            return Err(Failure { retry_after: Some(MEMORY_RETRY_AFTER), ..Failure::new(Cause::QueueFull, message) });
-        }
+        held.grow(data.len()).map_err(no_memory)?;
         bytes.extend_from_slice(&data);
         if bytes.len() as u64 > limits.max {
             return Ok(Read::Longer(bytes.into()));
@@ -89,6 +86,19 @@ pub async fn discard(body: &mut Incoming) {
     };
     // Slower than that, the client is better off with the reset.
     let _ = tokio::time::timeout(MAX_DISCARD_TIME, discarding).await;
+}
+
+/// There is no memory for a body, or none for this tenant's.
+fn no_memory(no_room: NoRoom) -> Failure {
+    let (message, scope) = match no_room {
+        NoRoom::Full => ("weir holds as many request bodies as queue.max_bytes allows; try again in a second", None),
+        NoRoom::Share => {
+            let message = "the requests of this client, and of those that weir cannot tell from it, hold their share of \
+                           queue.max_bytes; send fewer at once, or try again in a second";
+            (message, Some("client".to_owned()))
+        }
+    };
+    Failure { retry_after: Some(MEMORY_RETRY_AFTER), scope, ..Failure::new(Cause::QueueFull, message) }
 }
 
 /// A metered call's body is longer than allowed.

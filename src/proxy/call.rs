@@ -1,19 +1,19 @@
-//! Reading a request: what it asks for, whose it is, and how long it may wait.
+//! Reading a request: what it asks for, and how long it may wait.
 
-use std::hash::BuildHasher as _;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::HeaderMap;
 use http::{Method, request};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use super::Proxy;
 use super::body::{self, Read, ReadLimits, Upload, UploadWatch};
-use super::{fields, route};
+use super::fields;
+use super::route::Route;
 use crate::admission::{Applicant, HeldBytes, Lane};
+use crate::clients::Caller;
 use crate::error::{Cause, Failure};
 use crate::ledger::Ledger;
 use crate::models::ModelId;
@@ -36,7 +36,8 @@ pub(super) struct Call {
     /// As the client wrote it.
     pub(super) model_name: Option<String>,
     pub(super) stream: bool,
-    credential: u64,
+    /// Whose request it is.
+    pub(super) caller: Caller,
     /// Retries that the client's SDK has made already.
     pub(super) by_client: u32,
     /// How long the client waits for an answer, where it says so.
@@ -56,17 +57,17 @@ impl Proxy {
     pub(super) async fn read(
         &self,
         mut head: request::Parts,
+        route: Route<'_>,
+        caller: Caller,
         body: &mut Option<Incoming>,
         ledger: &mut Ledger,
     ) -> Result<Call, Failure> {
         let config = &self.shared.config;
-        let uri = head.uri.clone();
-        let route = route::route(uri.path()).ok_or_else(|| unknown_path(&head))?;
-        let target = target(&config.upstream.base_url, route.below_v1, uri.query()).ok_or_else(|| {
+        let target = target(&config.upstream.base_url, route.below_v1, head.uri.query()).ok_or_else(|| {
             Failure::new(Cause::BadRequest, "the request's path cannot be put behind upstream.base_url")
         })?;
         let endpoint = route.endpoint.filter(|_| head.method == Method::POST);
-        let mut held = self.shared.memory.hold();
+        let mut held = self.shared.memory.hold(caller.tenant, self.shared.clients.weight(caller.client));
         let body = self.read_body(endpoint, body, &mut held, ledger).await?;
         let peek = match (&body, endpoint) {
             (CallBody::Whole(bytes), Some(_)) => call::peek(bytes).map_err(|duplicate| duplicate_key(&duplicate))?,
@@ -74,13 +75,12 @@ impl Proxy {
         };
         let model = self.model(endpoint, peek.model.as_deref());
         ledger.set_model(model);
-        let credential = self.credential(&head.headers);
         let (by_client, patience) = (headers::client_retries(&head.headers), headers::client_patience(&head.headers));
         let key = config.upstream.api_key.as_ref();
         fields::to_upstream(&mut head, &self.shared.host, &self.shared.via, key, endpoint.is_some());
         let outgoing = Outgoing { method: head.method, uri: target, headers: head.headers };
         let (model_name, stream) = (peek.model, peek.stream);
-        Ok(Call { outgoing, body, endpoint, model, model_name, stream, credential, by_client, patience, _held: held })
+        Ok(Call { outgoing, body, endpoint, model, model_name, stream, caller, by_client, patience, _held: held })
     }
 
     /// Reads the body into memory, as far as that is wanted: all of a metered call's, the beginning of another's.
@@ -121,14 +121,6 @@ impl Proxy {
         }
     }
 
-    /// Whose quota at the gateway it is: weir's own key's, or the client's.
-    fn credential(&self, fields: &HeaderMap) -> u64 {
-        match (&self.shared.config.upstream.api_key, fields::client_key(fields)) {
-            (None, Some(key)) => self.shared.fingerprints.hash_one(key.as_bytes()),
-            _ => 0,
-        }
-    }
-
     /// How it applies for a permit, at each of its attempts.
     pub(super) fn applicant(&self, call: &Call, arrived: Instant) -> Applicant {
         let config = &self.shared.config;
@@ -140,7 +132,7 @@ impl Proxy {
             until = until.min(Instant::now() + max_wait);
         }
         Applicant {
-            lane: Lane { credential: call.credential, model: call.model },
+            lane: Lane { credential: call.caller.credential, model: call.model },
             rank: self.shared.gate.next_rank(),
             max_wait,
             until,
@@ -171,7 +163,8 @@ impl CallBody {
     }
 }
 
-fn unknown_path(head: &request::Parts) -> Failure {
+/// The path is not one that weir serves: most likely the client's base URL is wrong.
+pub(super) fn unknown_path(head: &request::Parts) -> Failure {
     let host = head.headers.get(http::header::HOST).and_then(|host| host.to_str().ok());
     let host = host.or(head.uri.authority().map(http::uri::Authority::as_str)).unwrap_or("HOST:PORT");
     let message = format!(

@@ -4,6 +4,7 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::uri::Authority;
 use http::{Method, Version, request, response};
 
+use crate::clients::KEY_FIELDS;
 use crate::config::Secret;
 use crate::error::{Cause, Failure};
 
@@ -18,10 +19,6 @@ const HOP_BY_HOP: [HeaderName; 8] = [
     header::TRANSFER_ENCODING,
     header::UPGRADE,
 ];
-
-/// Where clients put their keys: OpenAI's, Anthropic's and Azure's way.
-const KEYS: [HeaderName; 3] =
-    [header::AUTHORIZATION, HeaderName::from_static("x-api-key"), HeaderName::from_static("api-key")];
 
 /// The most bytes of names and values that a head may have; hyper itself refuses more than 100 fields.
 const MAX_HEAD_BYTES: usize = 64 << 10;
@@ -133,18 +130,13 @@ fn replace_keys(fields: &mut HeaderMap, key: &Secret) {
         value.set_sensitive(true);
         value
     };
-    let [authorization, others @ ..] = &KEYS;
+    let [authorization, others @ ..] = &KEY_FIELDS;
     for name in others {
         if fields.remove(name).is_some() {
             fields.insert(name, sensitive(key.reveal()));
         }
     }
     fields.insert(authorization, sensitive(&format!("Bearer {}", key.reveal())));
-}
-
-/// The key that a client sent, wherever it put it.
-pub fn client_key(fields: &HeaderMap) -> Option<&HeaderValue> {
-    KEYS.iter().find_map(|name| fields.get(name))
 }
 
 /// This weir's name in `Via`, by which it knows its own requests again.

@@ -1,8 +1,9 @@
 //! The story of one request, from its head to the moment its answer begins.
 //!
-//! `Proxy::story` tells it top to bottom: read the call, then wait for a permit, make an attempt, judge it, and again if
-//! that helps. The answer's way back is `relay`'s. There is no `tokio::spawn` on the way: when the client goes away, hyper
-//! drops the future, and with it the place in the queue, the permit and the connection to the gateway.
+//! `Proxy::story` tells it top to bottom: find out whose it is, read the call, then wait for a permit, make an attempt,
+//! judge it, and again if that helps. The answer's way back is `relay`'s. There is no `tokio::spawn` on the way: when the
+//! client goes away, hyper drops the future, and with it the place in the queue, the permit and the connection to the
+//! gateway.
 
 mod attempt;
 mod body;
@@ -10,7 +11,7 @@ mod call;
 mod fields;
 mod route;
 
-use std::hash::RandomState;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -64,8 +65,6 @@ struct Shared {
     /// Names this process in request ids.
     instance: String,
     requests: AtomicU64,
-    /// Keys are told apart by a keyed hash that is worth nothing outside this process.
-    fingerprints: RandomState,
 }
 
 impl Proxy {
@@ -88,7 +87,6 @@ impl Proxy {
             via: Via::new(&instance),
             host: HeaderValue::from_str(authority).expect("an authority is visible ASCII"),
             requests: AtomicU64::new(0),
-            fingerprints: RandomState::new(),
             models,
             clients,
             connector,
@@ -133,15 +131,15 @@ impl Proxy {
         }
     }
 
-    /// Serves one request. Dropping the future cancels it everywhere.
-    pub async fn serve(&self, request: Request<Incoming>) -> Response<ResponseBody> {
+    /// Serves one request, of a client at that address. Dropping the future cancels it everywhere.
+    pub async fn serve(&self, request: Request<Incoming>, peer: Option<IpAddr>) -> Response<ResponseBody> {
         let mut ledger = Ledger::open(self.shared.metrics.clone(), Instant::now());
         let (head, body) = request.into_parts();
         let (version, mut body) = (head.version, Some(body));
         let request_id = head.headers.get(headers::REQUEST_ID).cloned();
         let metered = route::route(head.uri.path()).filter(|_| head.method == Method::POST);
         let endpoint = metered.and_then(|route| route.endpoint);
-        let response = match self.story(head, &mut body, &mut ledger).await {
+        let response = match self.story(head, &mut body, peer, &mut ledger).await {
             Ok(answer) => self.respond(answer, endpoint, ledger),
             Err(failure) => {
                 if let (Some(unread), Version::HTTP_2) = (&mut body, version) {
@@ -158,10 +156,15 @@ impl Proxy {
         &self,
         head: request::Parts,
         body: &mut Option<Incoming>,
+        peer: Option<IpAddr>,
         ledger: &mut Ledger,
     ) -> Result<Answer, Failure> {
         fields::check(&head, &self.shared.via)?;
-        let mut call = self.read(head, body, ledger).await?;
+        let uri = head.uri.clone();
+        let route = route::route(uri.path()).ok_or_else(|| call::unknown_path(&head))?;
+        let caller = self.shared.clients.identify(&head.headers, peer)?;
+        ledger.set_client(caller.client);
+        let mut call = self.read(head, route, caller, body, ledger).await?;
         let applicant = self.applicant(&call, ledger.arrived());
         let mut tries =
             Tries { retries: 0, by_client: call.by_client, timed_out: false, repeatable: call.is_repeatable() };
@@ -181,7 +184,7 @@ impl Proxy {
             }
             let delay = match verdict {
                 Verdict::Final => {
-                    self.learn_model(&tried, &call, ledger);
+                    self.learn(&tried, &call, ledger);
                     return tried.outcome;
                 }
                 Verdict::GiveUp => return given_up(tried.outcome),
@@ -206,9 +209,15 @@ impl Proxy {
         admitted.map_err(Failure::from)
     }
 
-    /// The gateway serves this model: it may have a name in metrics and limits of its own.
-    fn learn_model(&self, tried: &Tried, call: &Call, ledger: &mut Ledger) {
-        if let (AttemptResult::Ok, ModelId::OTHER, Some(name)) = (tried.result, call.model, &call.model_name) {
+    /// The gateway has served this call: its model may have a name in metrics and limits of its own, and its key may be
+    /// a tenant. A call that is not metered proves nothing: gateways list their models to everyone.
+    fn learn(&self, tried: &Tried, call: &Call, ledger: &mut Ledger) {
+        let served = tried.outcome.as_ref().is_ok_and(|answer| answer.head.status.is_success());
+        if tried.result != AttemptResult::Ok || !served || call.endpoint.is_none() {
+            return;
+        }
+        self.shared.clients.accepted(&call.caller);
+        if let (ModelId::OTHER, Some(name)) = (call.model, &call.model_name) {
             ledger.set_model(self.shared.models.learn(name));
         }
     }

@@ -9,7 +9,7 @@ mod streams;
 
 use std::convert::Infallible;
 use std::io;
-use std::net::{SocketAddr, TcpListener as StdListener};
+use std::net::{IpAddr, SocketAddr, TcpListener as StdListener};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -90,11 +90,17 @@ impl Drain {
     }
 }
 
-/// Serves one connection until it ends: HTTP/1.1, or HTTP/2 where the client begins with it.
+/// Serves one connection until it ends: HTTP/1.1, or HTTP/2 where the client begins with it. `peer` is the address that
+/// it comes from, where it has one.
 ///
 /// Dropping the future closes the connection and cancels its requests.
-pub async fn serve_connection<I>(io: I, proxy: Arc<Proxy>, settings: &config::Server, mut drain: Drain)
-where
+pub async fn serve_connection<I>(
+    io: I,
+    peer: Option<IpAddr>,
+    proxy: Arc<Proxy>,
+    settings: &config::Server,
+    mut drain: Drain,
+) where
     I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let limits =
@@ -105,7 +111,7 @@ where
         let active = activity.begin(request.version() == Version::HTTP_2);
         let proxy = proxy.clone();
         async move {
-            let response = proxy.serve(request).await.map(|body| Tracked { body, _active: active });
+            let response = proxy.serve(request, peer).await.map(|body| Tracked { body, _active: active });
             // A client whose window is shut from the start never asks for the first chunk.
             streams::gave();
             Ok::<_, Infallible>(response)
@@ -184,6 +190,7 @@ struct Worker {
 /// A connection on its way to its worker.
 struct Accepted {
     stream: std::net::TcpStream,
+    peer: IpAddr,
     drain: Drain,
     permit: OwnedSemaphorePermit,
 }
@@ -223,7 +230,7 @@ impl Workers {
                 next = next => next,
             };
             match accepted {
-                Ok((stream, _)) => self.hand_over(stream, watching.clone(), permit),
+                Ok((stream, address)) => self.hand_over(stream, address.ip(), watching.clone(), permit),
                 Err(error) if is_passing(&error) => {}
                 Err(error) => {
                     tracing::error!(%error, "cannot accept connections; raise the limit of open files if they have run out");
@@ -233,14 +240,14 @@ impl Workers {
         }
     }
 
-    fn hand_over(&self, stream: TcpStream, drain: Drain, permit: OwnedSemaphorePermit) {
+    fn hand_over(&self, stream: TcpStream, peer: IpAddr, drain: Drain, permit: OwnedSemaphorePermit) {
         let idlest =
             self.workers.iter().min_by_key(|worker| worker.open.load(Ordering::Relaxed)).expect("there is a worker");
         match stream.into_std() {
             Ok(stream) => {
                 idlest.open.fetch_add(1, Ordering::Relaxed);
                 // A worker ends with the process only.
-                let _ = idlest.inbox.send(Accepted { stream, drain, permit });
+                let _ = idlest.inbox.send(Accepted { stream, peer, drain, permit });
             }
             Err(error) => tracing::debug!(%error, "a connection was lost on its way"),
         }
@@ -271,11 +278,11 @@ async fn work(
     settings: config::Server,
     open: Arc<AtomicUsize>,
 ) {
-    while let Some(Accepted { stream, drain, permit }) = inbox.recv().await {
+    while let Some(Accepted { stream, peer, drain, permit }) = inbox.recv().await {
         let (proxy, settings, place) = (proxy.clone(), settings.clone(), Place(open.clone()));
         tokio::spawn(async move {
             match prepare(stream) {
-                Ok(stream) => serve_connection(stream, proxy, &settings, drain).await,
+                Ok(stream) => serve_connection(stream, Some(peer), proxy, &settings, drain).await,
                 Err(error) => tracing::debug!(%error, "a connection was lost on its way"),
             }
             drop((place, permit));

@@ -3,6 +3,7 @@
 mod gateway;
 mod world;
 
+mod clients;
 mod edge;
 mod hang_ups;
 mod limits;

@@ -1,5 +1,6 @@
 //! A weir in memory between a client and a scripted gateway, under a paused clock.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,6 +31,8 @@ pub struct World {
     pub gateway: Gateway,
     pub proxy: Arc<Proxy>,
     pub start: Instant,
+    /// Where its clients connect from.
+    peer: Option<IpAddr>,
     settings: weir::config::Server,
     drain: Arc<DrainControl>,
     watch: server::Drain,
@@ -126,7 +129,12 @@ impl World {
         let settings = config.server.clone();
         let proxy = Arc::new(Proxy::new(Arc::new(config), gateway.connector()));
         let (drain, watch) = DrainControl::new();
-        Self { gateway, proxy, start: Instant::now(), settings, drain: Arc::new(drain), watch }
+        Self { gateway, proxy, start: Instant::now(), peer: None, settings, drain: Arc::new(drain), watch }
+    }
+
+    /// The same world, as a client at this address has it.
+    pub fn seen_from(&self, peer: &str) -> Self {
+        Self { peer: Some(peer.parse().expect("an address")), ..self.clone() }
     }
 
     /// A new connection, as bytes.
@@ -137,8 +145,9 @@ impl World {
     /// A new connection on which so many bytes can be under way in each direction.
     pub fn connect_with_buffer(&self, bytes: usize) -> DuplexStream {
         let (ours, theirs) = tokio::io::duplex(bytes);
-        let (proxy, settings, watch) = (self.proxy.clone(), self.settings.clone(), self.watch.clone());
-        tokio::spawn(async move { server::serve_connection(theirs, proxy, &settings, watch).await });
+        let (proxy, peer) = (self.proxy.clone(), self.peer);
+        let (settings, watch) = (self.settings.clone(), self.watch.clone());
+        tokio::spawn(async move { server::serve_connection(theirs, peer, proxy, &settings, watch).await });
         ours
     }
 
