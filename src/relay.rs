@@ -22,7 +22,7 @@ use crate::metrics::{AttemptResult, Outcome};
 use crate::openai::call::Endpoint;
 use crate::openai::envelope;
 use crate::openai::sse::Scanner;
-use crate::openai::usage::{Tail, Usage};
+use crate::openai::usage::{self, Tail, Usage};
 use crate::retry;
 use crate::upstream::AnswerBody;
 
@@ -303,11 +303,13 @@ impl Meter {
     /// Reads a chunk; `true` when a stream's first event ends in it.
     fn feed(&mut self, chunk: &[u8]) -> bool {
         match self {
-            Self::Events { scanner, usage, begun, error } => {
+            Self::Events { scanner, usage: total, begun, error } => {
                 let before = *begun;
                 scanner.feed(chunk, |event| {
                     *begun = true;
-                    *usage = crate::openai::usage::find(event.data).or(*usage);
+                    if let Some(told) = usage::find(event.data) {
+                        *total = Some(total.unwrap_or_default().merge(told));
+                    }
                     *error |= envelope::is_error_event(event.name, event.data);
                 });
                 *begun && !before

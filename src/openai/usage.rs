@@ -6,12 +6,34 @@ use serde::Deserialize;
 /// The tokens of one answer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
+    /// All of the prompt, whether it was read anew or from a cache.
     pub prompt: u64,
     pub completion: u64,
     /// The part of `prompt` that was read from the gateway's cache.
     pub cached: u64,
     /// The part of `completion` that was thought, not said.
     pub reasoning: u64,
+    /// The part of `prompt` that counts against a token quota: OpenAI counts all of it, Anthropic not what its cache
+    /// had.
+    pub counted: u64,
+}
+
+impl Usage {
+    /// The tokens that count against a token quota.
+    pub fn quota(self) -> u64 {
+        self.counted.saturating_add(self.completion)
+    }
+
+    /// The usage of one answer that several events told of, each of a part or of all so far: the larger of each count.
+    pub fn merge(self, later: Self) -> Self {
+        Self {
+            prompt: self.prompt.max(later.prompt),
+            completion: self.completion.max(later.completion),
+            cached: self.cached.max(later.cached),
+            reasoning: self.reasoning.max(later.reasoning),
+            counted: self.counted.max(later.counted),
+        }
+    }
 }
 
 /// Usage stands near the end of a body, so only so much of it is kept.
@@ -58,36 +80,56 @@ pub fn find(json: &[u8]) -> Option<Usage> {
 fn read(after_key: &[u8]) -> Option<Usage> {
     let value = after_key.trim_ascii_start().strip_prefix(b":")?;
     let wire: Wire = serde_json::Deserializer::from_slice(value).into_iter().next()?.ok()?;
-    if wire.prompt.is_none() && wire.completion.is_none() {
-        return None;
-    }
-    let cached = wire.prompt_details.and_then(|details| details.cached_tokens).or(wire.cache_read_input_tokens);
-    Some(Usage {
-        prompt: wire.prompt.unwrap_or(0),
-        completion: wire.completion.unwrap_or(0),
-        cached: cached.unwrap_or(0),
-        reasoning: wire.completion_details.and_then(|details| details.reasoning_tokens).unwrap_or(0),
-    })
+    wire.usage()
 }
 
-/// Usage as Chat Completions, Completions and Embeddings write it, and under the names of Responses and Messages.
+/// Usage under the names of Chat Completions, Completions and Embeddings, and under those of Responses and Messages. Some
+/// gateways write both.
 #[derive(Deserialize)]
 struct Wire {
-    #[serde(rename = "prompt_tokens", alias = "input_tokens")]
-    prompt: Option<u64>,
-    #[serde(rename = "completion_tokens", alias = "output_tokens")]
-    completion: Option<u64>,
-    #[serde(rename = "prompt_tokens_details", alias = "input_tokens_details")]
-    prompt_details: Option<Details>,
-    #[serde(rename = "completion_tokens_details", alias = "output_tokens_details")]
-    completion_details: Option<Details>,
+    prompt_tokens: Option<u64>,
+    input_tokens: Option<u64>,
+    completion_tokens: Option<u64>,
+    output_tokens: Option<u64>,
+    prompt_tokens_details: Option<Details>,
+    input_tokens_details: Option<Details>,
+    completion_tokens_details: Option<Details>,
+    output_tokens_details: Option<Details>,
     cache_read_input_tokens: Option<u64>,
+    cache_creation_input_tokens: Option<u64>,
 }
 
 #[derive(Deserialize)]
 struct Details {
     cached_tokens: Option<u64>,
     reasoning_tokens: Option<u64>,
+}
+
+impl Wire {
+    fn usage(self) -> Option<Usage> {
+        let told = self.prompt_tokens.or(self.input_tokens);
+        let completion = self.completion_tokens.or(self.output_tokens);
+        told.or(completion)?;
+        let cache_is_beside = self.cache_is_beside();
+        let (told, read) = (told.unwrap_or(0), self.cache_read_input_tokens.unwrap_or(0));
+        let prompt_details = self.prompt_tokens_details.or(self.input_tokens_details);
+        let completion_details = self.completion_tokens_details.or(self.output_tokens_details);
+        let written = if cache_is_beside { self.cache_creation_input_tokens.unwrap_or(0) } else { 0 };
+        let counted = told.saturating_add(written);
+        Some(Usage {
+            prompt: if cache_is_beside { counted.saturating_add(read) } else { told },
+            completion: completion.unwrap_or(0),
+            cached: prompt_details.and_then(|details| details.cached_tokens).unwrap_or(read),
+            reasoning: completion_details.and_then(|details| details.reasoning_tokens).unwrap_or(0),
+            counted,
+        })
+    }
+
+    /// Whether what the cache had stands beside the input, as in Messages, instead of being a part of it. (A gateway that
+    /// translates Messages into OpenAI's words keeps these two names, but has them in its `prompt_tokens`.)
+    fn cache_is_beside(&self) -> bool {
+        self.prompt_tokens.is_none() && self.prompt_tokens_details.is_none() && self.input_tokens_details.is_none()
+    }
 }
 
 #[cfg(test)]
@@ -98,9 +140,55 @@ mod tests {
     fn the_usage_of_each_api_is_read() {
         let chat = br#"{"choices":[],"usage":{"prompt_tokens":10,"completion_tokens":5,"total_tokens":15,
             "prompt_tokens_details":{"cached_tokens":4},"completion_tokens_details":{"reasoning_tokens":2}},"x":"y"}"#;
-        assert_eq!(find(chat), Some(Usage { prompt: 10, completion: 5, cached: 4, reasoning: 2 }));
+        assert_eq!(find(chat), Some(Usage { prompt: 10, completion: 5, cached: 4, reasoning: 2, counted: 10 }));
         assert_eq!(find(br#"{"usage": {"prompt_tokens":3,"total_tokens":3}}"#).map(|usage| usage.prompt), Some(3));
         assert_eq!(find(br#""usage" : {"input_tokens":1,"output_tokens":2}"#).map(|usage| usage.completion), Some(2));
+    }
+
+    #[test]
+    fn what_a_cache_had_is_a_part_of_the_prompt_but_counts_only_where_the_api_counts_it() {
+        let of = |json: &str| find(json.as_bytes()).map(|usage| (usage.prompt, usage.cached, usage.quota()));
+        let responses =
+            r#"{"usage":{"input_tokens":100,"input_tokens_details":{"cached_tokens":60},"output_tokens":5}}"#;
+        assert_eq!(of(responses), Some((100, 60, 105)));
+        let messages = r#"{"usage":{"input_tokens":10,"cache_creation_input_tokens":30,"cache_read_input_tokens":60,
+            "cache_creation":{"ephemeral_5m_input_tokens":30},"output_tokens":5}}"#;
+        assert_eq!(of(messages), Some((100, 60, 45)));
+        let translated = r#"{"usage":{"prompt_tokens":100,"completion_tokens":5,"prompt_tokens_details":{"cached_tokens":60},
+            "cache_creation_input_tokens":30,"cache_read_input_tokens":60}}"#;
+        assert_eq!(of(translated), Some((100, 60, 105)));
+        let plain = r#"{"usage":{"prompt_tokens":100,"completion_tokens":5,"cache_read_input_tokens":60}}"#;
+        assert_eq!(of(plain), Some((100, 60, 105)));
+    }
+
+    #[test]
+    fn both_names_at_once_are_one_count() {
+        let both = br#"{"usage":{"prompt_tokens":10,"completion_tokens":5,"input_tokens":10,"output_tokens":5,
+            "prompt_tokens_details":null,"input_tokens_details":{"cached_tokens":4}}}"#;
+        assert_eq!(find(both), Some(Usage { prompt: 10, completion: 5, cached: 4, reasoning: 0, counted: 10 }));
+    }
+
+    #[test]
+    fn half_a_count_and_an_absurd_one_are_counts_too() {
+        let quota = |json: &str| find(json.as_bytes()).map(Usage::quota);
+        assert_eq!(quota(r#"{"usage":{"input_tokens":7}}"#), Some(7));
+        assert_eq!(quota(r#"{"usage":{"completion_tokens":7,"prompt_tokens":null}}"#), Some(7));
+        assert_eq!(quota(r#"{"usage":{"total_tokens":7}}"#), None);
+        let absurd = r#"{"usage":{"input_tokens":18446744073709551615,"cache_read_input_tokens":18446744073709551615,
+            "cache_creation_input_tokens":1,"output_tokens":18446744073709551615}}"#;
+        assert_eq!(quota(absurd), Some(u64::MAX));
+    }
+
+    #[test]
+    fn events_that_tell_parts_or_all_so_far_add_up_to_one_usage() {
+        let start =
+            find(br#"{"message":{"usage":{"input_tokens":10,"cache_read_input_tokens":90,"output_tokens":1}}}"#);
+        let delta = find(br#"{"type":"message_delta","usage":{"output_tokens":15}}"#);
+        let (start, delta) = (start.expect("usage"), delta.expect("usage"));
+        let whole = Usage { prompt: 100, completion: 15, cached: 90, reasoning: 0, counted: 10 };
+        assert_eq!((start.merge(delta), whole.quota()), (whole, 25));
+        assert_eq!(whole.merge(delta), whole, "a cumulative count is no sum");
+        assert_eq!(Usage::default().merge(whole), whole);
     }
 
     #[test]

@@ -74,6 +74,17 @@ async fn the_tokens_of_a_stream_are_those_of_its_usage_chunk() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn the_tokens_of_messages_are_told_at_the_beginning_and_at_the_end_of_the_stream() {
+    let start = "event: message_start\ndata: {\"type\":\"message_start\",\"message\":{\"usage\":{\"input_tokens\":10,\
+        \"cache_creation_input_tokens\":20,\"cache_read_input_tokens\":70,\"output_tokens\":1}}}\n\n";
+    let delta = "event: message_delta\ndata: {\"type\":\"message_delta\",\"usage\":{\"output_tokens\":15}}\n\n";
+    let end = Step::Send(b"0\r\n\r\n".to_vec());
+    let world = World::new("", move |_| vec![stream_head(), chunk(start), chunk(delta), end.clone()]);
+    assert_eq!(world.send(request(Method::POST, "/v1/messages", STREAM)).await.text(), format!("{start}{delta}"));
+    assert_eq!(tokens(&world), [100.0, 15.0, 70.0, 0.0], "what the cache had is a part of the prompt");
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_encoded_answer_passes_unread() {
     let body = r#"{"usage":{"prompt_tokens":10,"completion_tokens":5}}"#;
     let headers = [("content-type", "application/json"), ("content-encoding", "gzip")];
