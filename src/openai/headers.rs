@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use http::{HeaderMap, HeaderName};
+use http::{HeaderMap, HeaderName, HeaderValue};
 
 pub const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
 pub const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
@@ -11,6 +11,29 @@ pub const RESPONSE_TIME: HeaderName = HeaderName::from_static("x-response-time")
 pub const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 pub const WEIR_ATTEMPTS: HeaderName = HeaderName::from_static("x-weir-attempts");
 pub const WEIR_REFUSED_BY: HeaderName = HeaderName::from_static("x-weir-refused-by");
+
+/// `x-ratelimit-{limit,remaining,reset}-requests`.
+const REQUESTS: [HeaderName; 3] = [
+    HeaderName::from_static("x-ratelimit-limit-requests"),
+    HeaderName::from_static("x-ratelimit-remaining-requests"),
+    HeaderName::from_static("x-ratelimit-reset-requests"),
+];
+
+/// `x-ratelimit-{limit,remaining,reset}-tokens`.
+const TOKENS: [HeaderName; 3] = [
+    HeaderName::from_static("x-ratelimit-limit-tokens"),
+    HeaderName::from_static("x-ratelimit-remaining-tokens"),
+    HeaderName::from_static("x-ratelimit-reset-tokens"),
+];
+
+/// How a quota stands, as a client is told.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Quota {
+    pub limit: u64,
+    pub remaining: u64,
+    /// How long until all of `limit` remains again.
+    pub reset: Duration,
+}
 
 /// No hint is believed beyond a day.
 const LONGEST_HINT: Duration = Duration::from_secs(86_400);
@@ -44,6 +67,19 @@ pub fn client_patience(headers: &HeaderMap) -> Option<Duration> {
         .into_iter()
         .filter_map(|name| seconds(text(headers, name)?));
     told.filter(|patience| !patience.is_zero()).min()
+}
+
+/// Tells how weir's quotas stand, in place of what the gateway said of its own. Of a unit that is `None` the gateway's
+/// word stays.
+pub fn tell_quota(fields: &mut HeaderMap, requests: Option<Quota>, tokens: Option<Quota>) {
+    for (names, quota) in [(REQUESTS, requests), (TOKENS, tokens)] {
+        let Some(quota) = quota else { continue };
+        let [limit, remaining, reset] = names;
+        fields.insert(limit, quota.limit.into());
+        fields.insert(remaining, quota.remaining.into());
+        let duration = to_go_duration(quota.reset);
+        fields.insert(reset, HeaderValue::try_from(duration).expect("digits and letters are a header's value"));
+    }
 }
 
 fn millis(headers: &HeaderMap) -> Option<Duration> {
@@ -89,6 +125,26 @@ pub fn go_duration(text: &str) -> Option<Duration> {
         rest = &rest[unit_end..];
     }
     if text.is_empty() { None } else { Duration::try_from_secs_f64(total).ok() }
+}
+
+/// Writes a duration as Go does, in whole milliseconds: it is rounded up, so that who waits so long has waited enough.
+fn to_go_duration(duration: Duration) -> String {
+    let millis = duration.as_nanos().div_ceil(1_000_000);
+    if (1..1000).contains(&millis) {
+        return format!("{millis}ms");
+    }
+    let (hours, minutes, seconds) = (millis / 3_600_000, millis / 60_000 % 60, millis / 1000 % 60);
+    let mut text = match (hours, minutes) {
+        (0, 0) => format!("{seconds}"),
+        (0, _) => format!("{minutes}m{seconds}"),
+        _ => format!("{hours}h{minutes}m{seconds}"),
+    };
+    if millis % 1000 > 0 {
+        let fraction = format!(".{:03}", millis % 1000);
+        text.push_str(fraction.trim_end_matches('0'));
+    }
+    text.push('s');
+    text
 }
 
 /// A non-negative number of seconds, whole or not.
@@ -147,6 +203,49 @@ mod tests {
         for text in ["", "5", "s", "1x", "1s2", "..s"] {
             assert_eq!(go_duration(text), None, "{text}");
         }
+    }
+
+    #[test]
+    fn durations_are_written_as_go_does_and_read_back() {
+        let written = [
+            (0, "0s"),
+            (1, "1ms"),
+            (20_000_000, "20ms"),
+            (20_000_001, "21ms"),
+            (999_000_001, "1s"),
+            (1_500_000_000, "1.5s"),
+            (60_050_000_000, "1m0.05s"),
+            (360_000_000_000, "6m0s"),
+            (3_600_000_000_000, "1h0m0s"),
+            (3_723_004_000_000, "1h2m3.004s"),
+        ];
+        for (nanos, text) in written {
+            assert_eq!(to_go_duration(Duration::from_nanos(nanos)), text);
+        }
+        for millis in (0..200_000_000).step_by(7919) {
+            let duration = Duration::from_millis(millis);
+            assert_eq!(go_duration(&to_go_duration(duration)), Some(duration));
+        }
+        assert!(to_go_duration(Duration::MAX).ends_with('s'));
+    }
+
+    #[test]
+    fn weirs_quota_stands_in_place_of_the_gateways_unit_by_unit() {
+        let mut headers = HeaderMap::new();
+        for name in REQUESTS.into_iter().chain(TOKENS) {
+            headers.append(&name, "upstream".parse().expect("a value"));
+            headers.append(name, "again".parse().expect("a value"));
+        }
+        let of = |headers: &HeaderMap, names: [HeaderName; 3]| {
+            let values = names.map(|name| headers.get_all(name).iter().cloned().collect::<Vec<_>>());
+            values.concat().iter().map(|value| value.to_str().expect("text").to_owned()).collect::<Vec<_>>()
+        };
+        tell_quota(&mut headers, None, Some(Quota { limit: 5000, remaining: 0, reset: Duration::from_micros(1500) }));
+        assert_eq!(of(&headers, TOKENS), ["5000", "0", "2ms"]);
+        assert_eq!(of(&headers, REQUESTS).len(), 6, "the gateway's stay");
+        tell_quota(&mut headers, Some(Quota { limit: 10, remaining: 9, reset: Duration::from_secs(6) }), None);
+        assert_eq!(of(&headers, REQUESTS), ["10", "9", "6s"]);
+        assert_eq!(of(&headers, TOKENS), ["5000", "0", "2ms"]);
     }
 
     #[test]
