@@ -6,5 +6,6 @@
 pub mod call;
 pub mod envelope;
 pub mod headers;
+pub mod output;
 pub mod sse;
 pub mod usage;
