@@ -139,8 +139,9 @@ fn to_go_duration(duration: Duration) -> String {
         (0, _) => format!("{minutes}m{seconds}"),
         _ => format!("{hours}h{minutes}m{seconds}"),
     };
-    if millis % 1000 > 0 {
-        let fraction = format!(".{:03}", millis % 1000);
+    let fraction = millis % 1000;
+    if fraction > 0 {
+        let fraction = format!(".{fraction:03}");
         text.push_str(fraction.trim_end_matches('0'));
     }
     text.push('s');
