@@ -34,7 +34,9 @@ impl Scanner {
             rest = self.complete(chunk, &mut seen);
         }
         while let Some(end) = event_end(rest, 0) {
-            parse(&rest[..end], &mut seen);
+            if let Some(event) = Event::parse(&rest[..end]) {
+                seen(event);
+            }
             rest = &rest[end..];
         }
         self.keep(rest);
@@ -47,23 +49,15 @@ impl Scanner {
 
     /// Ends the event under way with the chunk's first bytes, if they do, and returns what is left of the chunk.
     fn complete<'c>(&mut self, chunk: &'c [u8], seen: &mut impl FnMut(Event<'_>)) -> &'c [u8] {
-        let before = self.partial.len();
-        // An end may begin up to three bytes before the chunk: CR LF CR | LF.
-        let mut overlap = [0; 6];
-        let tail = &self.partial[before.saturating_sub(3)..];
-        let head = &chunk[..chunk.len().min(3)];
-        overlap[..tail.len()].copy_from_slice(tail);
-        overlap[tail.len()..tail.len() + head.len()].copy_from_slice(head);
-        let across = event_end(&overlap[..tail.len() + head.len()], 0).and_then(|end| end.checked_sub(tail.len()));
-        let Some(end) = across.or_else(|| event_end(chunk, 0)) else {
+        let Some(end) = event_end_across(&self.partial, chunk) else {
             self.keep(chunk);
             return &[];
         };
         self.partial.extend_from_slice(&chunk[..end]);
         if self.truncated {
             seen(Event { name: None, data: &self.partial })
-        } else {
-            parse(&self.partial, seen)
+        } else if let Some(event) = Event::parse(&self.partial) {
+            seen(event)
         }
         self.partial.clear();
         self.truncated = false;
@@ -79,7 +73,26 @@ impl Scanner {
     }
 }
 
+impl<'e> Event<'e> {
+    /// Reads the lines of a whole event; `None` where they have neither name nor data.
+    pub fn parse(lines: &'e [u8]) -> Option<Self> {
+        let (mut name, mut data) = (None, None);
+        for line in lines.split(|byte| matches!(byte, b'\n' | b'\r')) {
+            let Some(colon) = memchr(b':', line) else { continue };
+            let value = line[colon + 1..].strip_prefix(b" ").unwrap_or(&line[colon + 1..]);
+            match &line[..colon] {
+                b"event" => name = Some(value),
+                b"data" => data = data.or(Some(value)),
+                _ => {}
+            }
+        }
+        (name.is_some() || data.is_some()).then(|| Self { name, data: data.unwrap_or_default() })
+    }
+}
+
 /// The place just behind the blank line that ends the first event, looking from `from`.
+///
+/// A CR at the very end counts as a whole line break: its LF may yet come.
 pub fn event_end(bytes: &[u8], from: usize) -> Option<usize> {
     let mut at = from;
     loop {
@@ -92,28 +105,28 @@ pub fn event_end(bytes: &[u8], from: usize) -> Option<usize> {
     }
 }
 
+/// The place in `chunk` just behind the blank line that ends an event of which `before` came earlier, without its end; the
+/// last three bytes of that are enough.
+pub fn event_end_across(before: &[u8], chunk: &[u8]) -> Option<usize> {
+    // An end may begin up to three bytes before the chunk: CR LF CR | LF.
+    let tail = &before[before.len().saturating_sub(3)..];
+    let head = &chunk[..chunk.len().min(3)];
+    let mut overlap = [0; 6];
+    overlap[..tail.len()].copy_from_slice(tail);
+    overlap[tail.len()..tail.len() + head.len()].copy_from_slice(head);
+    let across = event_end(&overlap[..tail.len() + head.len()], 0).and_then(|end| end.checked_sub(tail.len()));
+    let end = across.or_else(|| event_end(chunk, 0))?;
+    // The overlap may have cut a CR from its LF.
+    let is_cut = end > 0 && chunk[end - 1] == b'\r' && chunk.get(end) == Some(&b'\n');
+    Some(if is_cut { end + 1 } else { end })
+}
+
 /// The place behind the line break at `at`; `None` where there is none.
 fn line_break(bytes: &[u8], at: usize) -> Option<usize> {
     match (bytes.get(at)?, bytes.get(at + 1)) {
         (b'\r', Some(b'\n')) => Some(at + 2),
         (b'\n' | b'\r', _) => Some(at + 1),
         _ => None,
-    }
-}
-
-fn parse(event: &[u8], seen: &mut impl FnMut(Event<'_>)) {
-    let (mut name, mut data) = (None, None);
-    for line in event.split(|byte| matches!(byte, b'\n' | b'\r')) {
-        let Some(colon) = memchr(b':', line) else { continue };
-        let value = line[colon + 1..].strip_prefix(b" ").unwrap_or(&line[colon + 1..]);
-        match &line[..colon] {
-            b"event" => name = Some(value),
-            b"data" => data = data.or(Some(value)),
-            _ => {}
-        }
-    }
-    if name.is_some() || data.is_some() {
-        seen(Event { name, data: data.unwrap_or_default() });
     }
 }
 
