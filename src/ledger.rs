@@ -128,7 +128,7 @@ impl Ledger {
     }
 
     /// How long the attempt under way has taken so far.
-    fn attempt_elapsed(&self) -> Duration {
+    pub fn attempt_elapsed(&self) -> Duration {
         self.attempt.as_ref().map_or(Duration::ZERO, |attempt| attempt.began.elapsed())
     }
 

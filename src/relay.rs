@@ -20,9 +20,10 @@ use crate::error::Cause;
 use crate::ledger::Ledger;
 use crate::metrics::{AttemptResult, Outcome};
 use crate::openai::call::Endpoint;
-use crate::openai::envelope;
 use crate::openai::sse::Scanner;
 use crate::openai::usage::{self, Tail, Usage};
+use crate::openai::usage_chunk::UsageChunkFilter;
+use crate::openai::{envelope, output};
 use crate::retry;
 use crate::upstream::AnswerBody;
 
@@ -114,17 +115,26 @@ pub struct Patience {
     pub first_event: Option<(Instant, Cause)>,
 }
 
+/// Where an answer's body comes from, and what it holds.
+#[derive(Debug)]
+pub struct Source {
+    pub opening: Opening,
+    /// `None` where all of it is in `opening`, or when it has ended.
+    pub rest: Option<AnswerBody>,
+    /// Absent where the whole answer is in `opening`.
+    pub permit: Option<Permit>,
+    pub patience: Patience,
+}
+
 /// The body of a proxied response.
 pub struct Relay {
-    opening: Opening,
-    /// `None` where all of it is in `opening`, or when it has ended.
-    rest: Option<AnswerBody>,
-    permit: Option<Permit>,
+    source: Source,
     ledger: Ledger,
     status: StatusCode,
     endpoint: Option<Endpoint>,
     meter: Meter,
-    patience: Patience,
+    /// Where the client is not to see the usage that weir has asked for.
+    hiding: Option<Hiding>,
     /// When the last chunk came.
     quiet_since: Instant,
     /// Armed while waiting for a chunk; it may ring early, since it is not reset with each one.
@@ -144,64 +154,101 @@ impl fmt::Display for BrokenOff {
 impl std::error::Error for BrokenOff {}
 
 impl Relay {
-    /// Takes over an answer. `permit` is absent where the whole answer is in `opening` already.
+    /// Takes over an answer. `hides_usage` says that weir has asked for a stream's usage and the client has not.
     pub fn new(
         head: &response::Parts,
-        opening: Opening,
-        rest: Option<AnswerBody>,
-        permit: Option<Permit>,
+        source: Source,
         ledger: Ledger,
         endpoint: Option<Endpoint>,
-        patience: Patience,
+        hides_usage: bool,
     ) -> Self {
-        let meter = if endpoint.is_some() && head.status.is_success() { Meter::of(head) } else { Meter::None };
+        let metered = endpoint.is_some() && head.status.is_success();
+        let meter = Meter { format: if metered { Format::of(head) } else { Format::Opaque }, bytes: 0 };
+        let hiding = hides_usage.then(Hiding::default);
         let (status, quiet_since) = (head.status, Instant::now());
-        let mut relay =
-            Self { opening, rest, permit, ledger, status, endpoint, meter, patience, quiet_since, alarm: None };
+        let mut relay = Self { source, ledger, status, endpoint, meter, hiding, quiet_since, alarm: None };
         relay.end_if_whole();
         relay
     }
 
     /// Ends the account as soon as nothing more is to come: hyper need not ask again once the declared length is met.
     fn end_if_whole(&mut self) {
-        if self.opening.chunks.is_empty() && self.rest.as_ref().is_none_or(AnswerBody::is_end_stream) {
+        if self.source.is_read() {
             let (result, outcome) = match retry::result_of(self.status) {
                 AttemptResult::Ok if self.meter.saw_error() => (AttemptResult::StreamError, Outcome::UpstreamError),
                 AttemptResult::Ok => (AttemptResult::Ok, Outcome::Ok),
                 AttemptResult::ClientError => (AttemptResult::ClientError, Outcome::ClientError),
                 result => (result, Outcome::UpstreamError),
             };
+            self.settle(true);
             self.end(result, outcome);
         }
     }
 
     fn end(&mut self, result: AttemptResult, outcome: Outcome) {
-        if let Some(usage) = self.meter.usage() {
-            self.ledger.used(usage);
-        }
-        self.meter = Meter::None;
         self.ledger.attempt_ends(result);
         self.ledger.close(outcome);
-        self.opening.chunks.clear();
-        self.rest = None;
-        self.permit = None;
+        self.source.opening.chunks.clear();
+        self.source.rest = None;
         self.alarm = None;
+        if let Some(hiding) = &mut self.hiding {
+            hiding.ends();
+        }
     }
 
-    fn pass(&mut self, chunk: Bytes) -> Frame<Bytes> {
+    /// Tells what the answer cost, and gives the permit back. Only the first call counts.
+    ///
+    /// Where the gateway does not tell, it is the estimate for a whole answer of which weir sees nothing, and otherwise
+    /// the prompt and what has come of the output.
+    fn settle(&mut self, whole: bool) {
+        let Some(mut permit) = self.source.permit.take() else { return };
+        if !self.status.is_success() {
+            return;
+        }
+        let cost = permit.cost();
+        match (self.meter.usage(), &self.meter.format) {
+            (Some(usage), _) => {
+                self.ledger.used(usage);
+                permit.answered(usage);
+            }
+            (None, Format::Events { error: true, with_output: 0, .. }) => permit.refused(),
+            (None, Format::Events { .. }) => permit.used(cost.prompt.saturating_add(self.meter.output())),
+            (None, _) if whole => permit.used(cost.tokens()),
+            (None, _) => permit.used(cost.prompt.saturating_add(self.meter.output().min(cost.output))),
+        }
+    }
+
+    /// Counts a chunk and passes it on, if something is left of it when the usage is hidden.
+    fn pass(&mut self, chunk: Bytes) -> Next {
         if self.meter.feed(&chunk) {
             self.ledger.first_event();
-            self.patience.first_event = None;
+            self.source.patience.first_event = None;
         }
+        let passed = match &mut self.hiding {
+            Some(hiding) => {
+                hiding.filter.feed(chunk, &mut hiding.passed);
+                hiding.passed.pop_front()
+            }
+            None => Some(chunk),
+        };
         self.end_if_whole();
-        Frame::data(chunk)
+        passed.map_or(Next::Hidden, |passed| Next::Frame(Ok(Frame::data(passed))))
+    }
+
+    /// What of the answer is ready to be passed on without reading more.
+    fn passed_already(&mut self) -> Option<Frame<Bytes>> {
+        self.hiding.as_mut().and_then(|hiding| hiding.passed.pop_front()).map(Frame::data)
     }
 
     /// The answer breaks off. A stream between two events can still say so; anything else is cut.
     fn break_off(&mut self, result: AttemptResult, cause: Cause, why: String) -> Result<Frame<Bytes>, BrokenOff> {
-        let open_ended = self.rest.as_ref().is_some_and(|rest| rest.size_hint().exact().is_none());
-        let says_so = open_ended && self.meter.is_between_events();
+        let open_ended =
+            self.hiding.is_some() || self.source.rest.as_ref().is_some_and(|rest| rest.size_hint().exact().is_none());
+        let says_so = open_ended && self.is_between_events();
         tracing::warn!(error = %why, "an answer broke off");
+        self.settle(false);
+        // An event that was held back half is not passed on.
+        self.hiding = None;
         self.end(result, Outcome::UpstreamError);
         if says_so {
             let event = envelope::event(self.endpoint, cause.code(), &why);
@@ -210,12 +257,49 @@ impl Relay {
         Err(BrokenOff(why))
     }
 
+    /// Whether both what the gateway has sent and what the client has got end with a whole event.
+    fn is_between_events(&self) -> bool {
+        let passed_whole = self.hiding.as_ref().is_none_or(|hiding| hiding.filter.at_boundary());
+        passed_whole && self.meter.is_between_events()
+    }
+
     /// How long the answer has to stay silent from now to be given up, and why.
     fn limit(&self) -> (Instant, Cause) {
-        match self.patience.first_event {
+        match self.source.patience.first_event {
             Some(first_event) => first_event,
-            None => (self.quiet_since + self.patience.idle, Cause::IdleTimeout),
+            None => (self.quiet_since + self.source.patience.idle, Cause::IdleTimeout),
         }
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Next> {
+        if let Some(chunk) = self.source.opening.chunks.pop_front() {
+            return Poll::Ready(self.pass(chunk));
+        }
+        let Some(rest) = &mut self.source.rest else { return Poll::Ready(Next::End) };
+        Poll::Ready(match rest.poll_frame(cx) {
+            Poll::Ready(Some(Ok(frame))) => {
+                self.quiet_since = Instant::now();
+                match frame.into_data() {
+                    Ok(chunk) => self.pass(chunk),
+                    Err(trailers) => Next::Frame(Ok(trailers)),
+                }
+            }
+            Poll::Ready(Some(Err(error))) => {
+                let why = format!("the gateway broke the answer off: {error}");
+                Next::Frame(self.break_off(AttemptResult::Reset, Cause::Disconnected, why))
+            }
+            Poll::Ready(None) => {
+                self.source.rest = None;
+                self.end_if_whole();
+                // Something may have been held back until now.
+                Next::Hidden
+            }
+            Poll::Pending => {
+                let cause = ready!(self.poll_alarm(cx));
+                let why = "the gateway sent nothing more for too long".to_owned();
+                Next::Frame(self.break_off(AttemptResult::Timeout, cause, why))
+            }
+        })
     }
 
     fn poll_alarm(&mut self, cx: &mut Context<'_>) -> Poll<Cause> {
@@ -237,105 +321,160 @@ impl Body for Relay {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
         let relay = self.get_mut();
-        if let Some(chunk) = relay.opening.chunks.pop_front() {
-            return Poll::Ready(Some(Ok(relay.pass(chunk))));
-        }
-        let Some(rest) = &mut relay.rest else { return Poll::Ready(None) };
-        match rest.poll_frame(cx) {
-            Poll::Ready(Some(Ok(frame))) => {
-                relay.quiet_since = Instant::now();
-                let frame = match frame.into_data() {
-                    Ok(chunk) => relay.pass(chunk),
-                    Err(trailers) => trailers,
-                };
-                Poll::Ready(Some(Ok(frame)))
+        loop {
+            if let Some(frame) = relay.passed_already() {
+                return Poll::Ready(Some(Ok(frame)));
             }
-            Poll::Ready(Some(Err(error))) => {
-                let why = format!("the gateway broke the answer off: {error}");
-                Poll::Ready(Some(relay.break_off(AttemptResult::Reset, Cause::Disconnected, why)))
-            }
-            Poll::Ready(None) => {
-                relay.rest = None;
-                relay.end_if_whole();
-                Poll::Ready(None)
-            }
-            Poll::Pending => {
-                let cause = ready!(relay.poll_alarm(cx));
-                let why = "the gateway sent nothing more for too long".to_owned();
-                Poll::Ready(Some(relay.break_off(AttemptResult::Timeout, cause, why)))
+            match ready!(relay.poll_next(cx)) {
+                Next::Frame(frame) => return Poll::Ready(Some(frame)),
+                Next::Hidden => {}
+                Next::End => return Poll::Ready(None),
             }
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.opening.chunks.is_empty() && self.rest.as_ref().is_none_or(AnswerBody::is_end_stream)
+        self.source.is_read() && self.hiding.as_ref().is_none_or(|hiding| hiding.passed.is_empty())
     }
 
     fn size_hint(&self) -> SizeHint {
-        let held: usize = self.opening.chunks.iter().map(Bytes::len).sum();
-        let rest = self.rest.as_ref().map_or(Some(0), |rest| rest.size_hint().exact());
+        if self.hiding.is_some() {
+            return SizeHint::default();
+        }
+        let Source { opening, rest, .. } = &self.source;
+        let held: usize = opening.chunks.iter().map(Bytes::len).sum();
+        let rest = rest.as_ref().map_or(Some(0), |rest| rest.size_hint().exact());
         rest.map_or_else(SizeHint::default, |rest| SizeHint::with_exact(held as u64 + rest))
     }
 }
 
-/// What is read of an answer in passing.
-enum Meter {
-    /// A stream of events.
-    Events { scanner: Scanner, usage: Option<Usage>, begun: bool, error: bool },
-    /// A JSON document, whose usage stands near its end.
-    Json(Tail),
-    /// Nothing.
-    None,
+impl Drop for Relay {
+    /// The client went away, if the answer had not ended.
+    fn drop(&mut self) {
+        self.settle(false);
+    }
 }
 
-impl Meter {
+impl Source {
+    /// Whether nothing more is to come.
+    fn is_read(&self) -> bool {
+        self.opening.chunks.is_empty() && self.rest.as_ref().is_none_or(AnswerBody::is_end_stream)
+    }
+}
+
+/// What comes next of an answer.
+enum Next {
+    Frame(Result<Frame<Bytes>, BrokenOff>),
+    /// Nothing for now that the client is to see.
+    Hidden,
+    End,
+}
+
+/// Takes the usage that weir has asked for out of a stream again.
+#[derive(Default)]
+struct Hiding {
+    filter: UsageChunkFilter,
+    /// What has come through the filter and not been asked for yet.
+    passed: VecDeque<Bytes>,
+}
+
+impl Hiding {
+    /// What was held back of an event that never ended is passed on as it is.
+    fn ends(&mut self) {
+        self.passed.extend(self.filter.finish());
+    }
+}
+
+/// Of text in an answer whose tokens the gateway does not tell.
+const BYTES_PER_TOKEN: u64 = 4;
+
+/// What is read of an answer in passing.
+struct Meter {
+    format: Format,
+    bytes: u64,
+}
+
+/// What an answer's body is.
+enum Format {
+    Events {
+        scanner: Scanner,
+        usage: Option<Usage>,
+        begun: bool,
+        error: bool,
+        /// Events that carry output, and how much.
+        with_output: u64,
+        text_bytes: u64,
+    },
+    /// A JSON document, whose usage stands near its end.
+    Json(Tail),
+    /// Nothing that could be read, or that anybody wants to know of.
+    Opaque,
+}
+
+impl Format {
     /// What the head announces. An encoded body can't be read.
     fn of(head: &response::Parts) -> Self {
         if head.headers.contains_key(header::CONTENT_ENCODING) {
-            return Self::None;
+            return Self::Opaque;
         }
         if is_event_stream(head) {
-            return Self::Events { scanner: Scanner::default(), usage: None, begun: false, error: false };
+            let scanner = Scanner::default();
+            return Self::Events { scanner, usage: None, begun: false, error: false, with_output: 0, text_bytes: 0 };
         }
         Self::Json(Tail::default())
     }
+}
 
+impl Meter {
     /// Reads a chunk; `true` when a stream's first event ends in it.
     fn feed(&mut self, chunk: &[u8]) -> bool {
-        match self {
-            Self::Events { scanner, usage: total, begun, error } => {
+        self.bytes += chunk.len() as u64;
+        match &mut self.format {
+            Format::Events { scanner, usage, begun, error, with_output, text_bytes } => {
                 let before = *begun;
                 scanner.feed(chunk, |event| {
                     *begun = true;
-                    if let Some(told) = usage::find(event.data) {
-                        *total = Some(total.unwrap_or_default().merge(told));
-                    }
+                    *usage = match (*usage, usage::find(event.data)) {
+                        (Some(earlier), Some(later)) => Some(earlier.merge(later)),
+                        (earlier, later) => later.or(earlier),
+                    };
                     *error |= envelope::is_error_event(event.name, event.data);
+                    let text = output::text_bytes(event.data) as u64;
+                    *with_output += u64::from(text > 0);
+                    *text_bytes += text;
                 });
                 *begun && !before
             }
-            Self::Json(tail) => {
+            Format::Json(tail) => {
                 tail.push(chunk);
                 false
             }
-            Self::None => false,
+            Format::Opaque => false,
         }
     }
 
     fn usage(&self) -> Option<Usage> {
-        match self {
-            Self::Events { usage, .. } => *usage,
-            Self::Json(tail) => tail.usage(),
-            Self::None => None,
+        match &self.format {
+            Format::Events { usage, .. } => *usage,
+            Format::Json(tail) => tail.usage(),
+            Format::Opaque => None,
+        }
+    }
+
+    /// The tokens of what has come so far, as far as weir can tell: of a stream at least one for each event with output.
+    fn output(&self) -> u64 {
+        match &self.format {
+            Format::Events { with_output, text_bytes, .. } => (text_bytes / BYTES_PER_TOKEN).max(*with_output),
+            Format::Json(_) | Format::Opaque => self.bytes / BYTES_PER_TOKEN,
         }
     }
 
     fn saw_error(&self) -> bool {
-        matches!(self, Self::Events { error: true, .. })
+        matches!(self.format, Format::Events { error: true, .. })
     }
 
     fn is_between_events(&self) -> bool {
-        matches!(self, Self::Events { scanner, .. } if scanner.at_boundary())
+        matches!(&self.format, Format::Events { scanner, .. } if scanner.at_boundary())
     }
 }
 

@@ -16,6 +16,7 @@ use governor::state::{NotKeyed, StateStore};
 use governor::{Quota, RateLimiter};
 use tokio::time::Instant;
 
+use super::slack::{ChargeNo, Slack};
 use crate::config::Rate;
 
 /// A timer fires up to a tick (1 ms) late. Whoever waited for a cell is charged as of when it was due, if that is no longer
@@ -25,22 +26,20 @@ const TIMER_SLACK: Duration = Duration::from_millis(2);
 /// Centuries ahead is never, and more would overflow an `Instant`.
 const FAR: u64 = u64::MAX / 8;
 
-/// A bucket of cells that refills at a [`Rate`].
+/// A bucket of cells (requests, or tokens) that refills at a [`Rate`].
 ///
-/// In any window `w` it lets through at most `burst + rate * w` (with `w` stretched by 2 ms of timer slack).
+/// In any window `w` it lets through at most `burst + rate * w` (with `w` stretched by 2 ms of timer slack), and by as much
+/// more as charges turn out to have been too small ([`Bucket::owe`]). In the long run it lets through the rate exactly.
+/// For charges that turn out to have been too large see [`Bucket::of_guesses`].
 pub struct Bucket {
     limiter: RateLimiter<NotKeyed, Tat, GivenClock, NoOpMiddleware<Nanos>>,
     tat: Tat,
     clock: GivenClock,
     rate: Rate,
     epoch: Instant,
-    /// When a cell was taken last.
-    taken_at: Instant,
-    /// Cells taken before this cannot come back any more: the bucket was full then, or as good as that.
-    busy_since: Instant,
-    /// By how much, in nanoseconds of refill, the bucket was short of full at least, whenever a cell was taken after
-    /// `busy_since`; less what has come back since.
-    shortest: u64,
+    slack: Slack,
+    /// Charges are guesses.
+    guesses: bool,
 }
 
 impl Bucket {
@@ -51,7 +50,16 @@ impl Bucket {
         let (tat, clock) = (Tat::default(), GivenClock::default());
         // The clock reads 0 now, so that TATs count from `epoch`, whatever limiter reads them.
         let limiter = RateLimiter::new(quota, tat.clone(), clock.clone());
-        Self { limiter, tat, clock, rate, epoch: now, taken_at: now, busy_since: now, shortest: u64::MAX }
+        Self { limiter, tat, clock, rate, epoch: now, slack: Slack::default(), guesses: false }
+    }
+
+    /// A full bucket whose charges are guesses, settled when the truth is known.
+    ///
+    /// While there is a queue, what was guessed too much comes back in full: else guesses would cost rate. So with a queue a
+    /// window may use more than `burst + rate * w` by what the guesses under way at its beginning were too much by. A bucket
+    /// that is full stays full, so a burst that holds less than a few requests costs rate all the same.
+    pub fn of_guesses(rate: Rate, now: Instant) -> Self {
+        Self { guesses: true, ..Self::new(rate, now) }
     }
 
     /// The rate it refills at.
@@ -59,63 +67,77 @@ impl Bucket {
         self.rate
     }
 
-    /// Takes a cell, if one is there. A cell that was waited for since before it was due counts from when it was due.
-    pub fn try_take(&mut self, waiting_since: Instant, now: Instant) -> bool {
-        let tolerance = u64::from(self.rate.burst - 1).saturating_mul(self.interval_nanos());
-        let due = self.epoch + Duration::from_nanos(self.tat.get().saturating_sub(tolerance).min(FAR));
+    /// Whether `n` cells are more than it ever holds: who needs them passes when it is full, and leaves a debt.
+    pub fn is_oversize(&self, n: u64) -> bool {
+        n > u64::from(self.rate.burst)
+    }
+
+    /// Takes `n` cells, if they are there; of more than the burst, the rest as debt. Cells that were waited for since before
+    /// they were due count from when they were due.
+    pub fn try_take(&mut self, n: u64, charge: ChargeNo, waiting_since: Instant, now: Instant) -> bool {
+        let Some(at_once) = NonZeroU32::new(self.at_once(n)) else { return true };
+        let due = self.available_at(u64::from(at_once.get()), self.epoch);
         let charged_at = due.max(waiting_since).max(now - TIMER_SLACK).min(now);
         let short_of_full = self.tat.get().saturating_sub(self.nanos(charged_at));
         self.clock.set(self.nanos(charged_at));
-        let taken = self.limiter.check().is_ok();
+        let taken = self.limiter.check_n(at_once).is_ok_and(|fits| fits.is_ok());
         if taken {
-            self.note_taken(short_of_full, now);
+            let waited = waiting_since < now;
+            if !(self.guesses && waited) {
+                self.slack.note(charge, short_of_full);
+            }
+            // governor's cells are whole nanoseconds long, and are no more than the burst.
+            let rest = self.time_for(n).saturating_sub(self.interval_nanos() * u64::from(at_once.get()));
+            self.tat.update(|tat| tat.saturating_add(rest).min(FAR));
         }
         taken
     }
 
-    /// Takes a cell that may not be there yet: whoever comes next waits for it.
-    pub fn take_as_debt(&self, now: Instant) {
+    /// Takes cells that may not be there: whoever comes next waits for them.
+    pub fn owe(&mut self, n: u64, charge: ChargeNo, now: Instant) {
         let now = self.nanos(now);
-        self.tat.update(|tat| tat.max(now).saturating_add(self.interval_nanos()));
+        let short_of_full = self.tat.get().saturating_sub(now);
+        if !self.guesses || short_of_full == 0 {
+            self.slack.note(charge, short_of_full);
+        }
+        let debt = self.time_for(n);
+        self.tat.update(|tat| tat.max(now).saturating_add(debt).min(FAR));
     }
 
-    fn note_taken(&mut self, short_of_full: u64, now: Instant) {
-        self.taken_at = now;
-        if short_of_full < self.interval_nanos() {
-            (self.busy_since, self.shortest) = (now, u64::MAX);
-        } else {
-            self.shortest = self.shortest.min(short_of_full);
-        }
-    }
-
-    /// Puts a cell back that was taken then and bought nothing. A full bucket stays full.
-    ///
-    /// Had the cell never been taken, the bucket might have been full since, and have let no more through for it. So a cell
-    /// that comes back after others were taken counts only where the bucket was short of it all the time.
-    pub fn give_back(&mut self, taken_at: Instant) {
-        let interval = self.interval_nanos();
-        if taken_at < self.taken_at {
-            if taken_at < self.busy_since {
-                return;
-            }
-            if self.shortest < interval {
-                (self.busy_since, self.shortest) = (self.taken_at, u64::MAX);
-                return;
-            }
-            if self.shortest != u64::MAX {
-                self.shortest -= interval;
-            }
-        }
-        self.tat.update(|tat| tat.saturating_sub(interval));
+    /// Puts cells back that were taken by that charge and bought nothing. A full bucket stays full, and no more can be taken
+    /// than if they had never been taken (see [`super::slack`]).
+    pub fn give_back(&mut self, n: u64, charge: ChargeNo) {
+        let given = self.slack.give_back(charge, self.time_for(n));
+        self.tat.update(|tat| tat.saturating_sub(given));
     }
 
     /// When the `n`-th cell from now (from 1) can be taken, if nobody else takes one; not later than `now` where it is there.
     pub fn available_at(&self, n: u64, now: Instant) -> Instant {
-        let (burst, interval) = (u64::from(self.rate.burst), self.interval_nanos());
-        let ahead = n.saturating_sub(burst).saturating_mul(interval);
-        let credit = burst.saturating_sub(n).saturating_mul(interval);
+        let burst = u64::from(self.rate.burst);
+        let ahead = self.time_for(n.saturating_sub(burst));
+        let credit = burst.saturating_sub(n).saturating_mul(self.interval_nanos());
         let nanos = self.tat.get().max(self.nanos(now)).saturating_add(ahead).saturating_sub(credit);
         self.epoch + Duration::from_nanos(nanos.min(FAR))
+    }
+
+    /// When a request for `n` cells can pass, if nobody else takes one: when they are there or, of more than the burst, when
+    /// the bucket is full.
+    pub fn open_at(&self, n: u64, now: Instant) -> Instant {
+        self.available_at(u64::from(self.at_once(n)), now)
+    }
+
+    /// As [`Bucket::open_at`], where someone has been saving since then for all that the bucket holds: half of the refill is
+    /// theirs. `None` where so many cells would never be left.
+    pub fn open_beside_saver_at(&self, n: u64, saving_since: Instant, now: Instant) -> Option<Instant> {
+        let capacity = u64::from(self.rate.burst).saturating_mul(self.interval_nanos());
+        let level = capacity.saturating_sub(self.tat.get().saturating_sub(self.nanos(now)));
+        let elapsed = self.nanos(now).saturating_sub(self.nanos(saving_since));
+        let wanted = u64::from(self.at_once(n)).saturating_mul(self.interval_nanos()).saturating_add(elapsed / 2);
+        if wanted > capacity {
+            return None;
+        }
+        // The level rises by one while what is saved rises by a half.
+        Some(now + Duration::from_nanos(wanted.saturating_sub(level).saturating_mul(2)))
     }
 
     /// How many cells can be taken between now and then.
@@ -124,14 +146,37 @@ impl Bucket {
         if first > until {
             return 0;
         }
-        let more = until.duration_since(first).as_nanos() / u128::from(self.interval_nanos());
-        u64::try_from(more).unwrap_or(u64::MAX).saturating_add(1)
+        let there = u64::from(self.remaining(now).max(1));
+        let from = first.max(now);
+        let more = until.saturating_duration_since(from).as_nanos() / u128::from(self.interval_nanos());
+        u64::try_from(more).unwrap_or(u64::MAX).saturating_add(there)
     }
 
     /// How many cells could be taken now.
     pub fn remaining(&self, now: Instant) -> u32 {
         let behind = self.tat.get().saturating_sub(self.nanos(now)).div_ceil(self.interval_nanos());
         self.rate.burst.saturating_sub(u32::try_from(behind).unwrap_or(u32::MAX))
+    }
+
+    /// How long until it is full, if nobody takes anything.
+    pub fn time_to_full(&self, now: Instant) -> Duration {
+        Duration::from_nanos(self.tat.get().saturating_sub(self.nanos(now)))
+    }
+
+    /// The time in which `n` cells come back.
+    pub fn refill_time(&self, n: u64) -> Duration {
+        Duration::from_nanos(self.time_for(n))
+    }
+
+    /// How many of `n` cells have to be there when they are taken.
+    fn at_once(&self, n: u64) -> u32 {
+        u32::try_from(n).unwrap_or(u32::MAX).min(self.rate.burst)
+    }
+
+    /// The time in which `n` cells are granted, once the burst is used up; exact, however short one cell's is.
+    fn time_for(&self, n: u64) -> u64 {
+        let nanos = u128::from(n).saturating_mul(self.rate.period.as_nanos()) / u128::from(self.rate.count);
+        u64::try_from(nanos).unwrap_or(FAR).min(FAR)
     }
 
     fn interval_nanos(&self) -> u64 {
@@ -197,87 +242,235 @@ impl Clock for GivenClock {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
+    use rand::rngs::SmallRng;
+    use rand::{RngExt as _, SeedableRng as _};
+
     use super::*;
 
-    fn bucket(rate: &str, burst: u32) -> (Bucket, Instant) {
-        let now = Instant::now();
-        (Bucket::new(Rate::parse(rate).expect("a rate").with_burst(burst), now), now)
+    /// A bucket whose charges are numbered as they are made.
+    struct Numbered {
+        bucket: Bucket,
+        start: Instant,
+        charges: u64,
+    }
+
+    impl Numbered {
+        fn new(rate: &str, burst: u32) -> Self {
+            let start = Instant::now();
+            Self { bucket: Bucket::new(Rate::parse(rate).expect("a rate").with_burst(burst), start), start, charges: 0 }
+        }
+
+        fn of_guesses(rate: &str, burst: u32) -> Self {
+            let it = Self::new(rate, burst);
+            Self { bucket: Bucket { guesses: true, ..it.bucket }, ..it }
+        }
+
+        fn at(&self, millis: u64) -> Instant {
+            self.start + Duration::from_millis(millis)
+        }
+
+        /// Takes `n` at that time; the charge's number where they were there.
+        fn take(&mut self, n: u64, at: Instant) -> Option<ChargeNo> {
+            self.charges += 1;
+            let charge = ChargeNo(self.charges);
+            self.bucket.try_take(n, charge, at, at).then_some(charge)
+        }
+
+        fn owe(&mut self, n: u64, at: Instant) {
+            self.charges += 1;
+            self.bucket.owe(n, ChargeNo(self.charges), at);
+        }
+
+        fn available_at(&self, n: u64, now: Instant) -> u64 {
+            (self.bucket.available_at(n, now) - self.start).as_millis() as u64
+        }
     }
 
     #[test]
     fn a_burst_passes_and_then_the_rate() {
-        let (mut bucket, start) = bucket("10/s", 3);
-        let taken = (0..2000u64).filter(|millis| {
-            let now = start + Duration::from_millis(*millis);
-            bucket.try_take(now, now)
-        });
-        let taken: Vec<u64> = taken.collect();
+        let mut it = Numbered::new("10/s", 3);
+        let taken: Vec<u64> = (0..2000).filter(|millis| it.take(1, it.at(*millis)).is_some()).collect();
         assert_eq!(taken[..6], [0, 1, 2, 100, 200, 300]);
         assert_eq!(taken.len(), 3 + 19);
     }
 
     #[test]
     fn it_tells_when_the_nth_cell_can_be_taken() {
-        let (mut bucket, start) = bucket("10/s", 2);
-        assert_eq!(bucket.available_at(2, start), start);
-        assert_eq!(bucket.available_at(3, start), start + Duration::from_millis(100));
-        assert!(bucket.try_take(start, start) && bucket.try_take(start, start) && !bucket.try_take(start, start));
-        assert_eq!(bucket.available_at(1, start), start + Duration::from_millis(100));
-        assert_eq!(bucket.available_at(5, start), start + Duration::from_millis(500));
-        assert_eq!(bucket.remaining(start), 0);
-        assert_eq!(bucket.remaining(start + Duration::from_millis(150)), 1);
-        let later = start + Duration::from_secs(9);
-        assert_eq!(bucket.available_at(3, later), later + Duration::from_millis(100));
-        let due = bucket.available_at(1, start);
-        assert!(!bucket.try_take(due, due - Duration::from_nanos(1)));
-        assert!(bucket.try_take(due, due));
+        let mut it = Numbered::new("10/s", 2);
+        let start = it.start;
+        assert_eq!((it.available_at(2, start), it.available_at(3, start)), (0, 100));
+        assert!(it.take(1, start).is_some() && it.take(1, start).is_some() && it.take(1, start).is_none());
+        assert_eq!((it.available_at(1, start), it.available_at(5, start)), (100, 500));
+        assert_eq!((it.bucket.remaining(start), it.bucket.remaining(it.at(150))), (0, 1));
+        assert_eq!(it.available_at(3, it.at(9000)), 9100);
+        let due = it.bucket.available_at(1, start);
+        assert!(it.take(1, due - Duration::from_nanos(1)).is_none());
+        assert!(it.take(1, due).is_some());
+    }
+
+    #[test]
+    fn several_cells_are_taken_together_or_not_at_all() {
+        let mut it = Numbered::new("100/s", 50);
+        assert!(it.take(40, it.start).is_some() && it.take(20, it.start).is_none());
+        assert_eq!(it.bucket.remaining(it.start), 10);
+        assert!(it.take(20, it.at(100)).is_some());
+    }
+
+    #[test]
+    fn more_than_the_burst_passes_a_full_bucket_and_leaves_a_debt() {
+        let mut it = Numbered::new("100/s", 50);
+        assert!(it.take(1, it.start).is_some() && it.take(250, it.start).is_none());
+        assert_eq!((it.bucket.open_at(250, it.start) - it.start).as_millis(), 10);
+        assert!(it.take(250, it.at(10)).is_some());
+        assert_eq!(it.available_at(1, it.at(10)), 10 + 2010);
+    }
+
+    #[test]
+    fn beside_one_who_saves_half_of_the_refill_is_left() {
+        let mut it = Numbered::new("100/s", 50);
+        assert!(it.take(50, it.start).is_some());
+        let beside = |it: &Numbered, n, at| {
+            it.bucket.open_beside_saver_at(n, it.start, at).map(|at| (at - it.start).as_millis())
+        };
+        assert_eq!(beside(&it, 10, it.start), Some(200), "ten in the time of twenty");
+        assert_eq!(beside(&it, 10, it.at(200)), Some(200));
+        assert_eq!(beside(&it, 10, it.at(900)), None, "then all of it is saved");
     }
 
     #[test]
     fn a_cell_given_back_can_be_taken_again_and_a_full_bucket_stays_full() {
-        let (mut bucket, start) = bucket("10/s", 1);
-        assert!(bucket.try_take(start, start) && !bucket.try_take(start, start));
-        bucket.give_back(start);
-        assert!(bucket.try_take(start, start));
-        let later = start + Duration::from_secs(60);
-        bucket.give_back(start);
-        bucket.give_back(start);
-        assert_eq!(bucket.remaining(later), 1);
-        assert!(bucket.try_take(later, later) && !bucket.try_take(later, later));
+        let mut it = Numbered::new("10/s", 1);
+        let charge = it.take(1, it.start).expect("full");
+        assert!(it.take(1, it.start).is_none());
+        it.bucket.give_back(1, charge);
+        let charge = it.take(1, it.start).expect("given back");
+        let later = it.at(60_000);
+        it.bucket.give_back(1, charge);
+        assert_eq!(it.bucket.remaining(later), 1);
+        assert!(it.take(1, later).is_some() && it.take(1, later).is_none());
     }
 
     #[test]
     fn a_debt_is_waited_for_by_whoever_comes_next() {
-        let (mut bucket, start) = bucket("10/s", 1);
-        assert!(bucket.try_take(start, start));
-        bucket.take_as_debt(start);
-        assert_eq!(bucket.available_at(1, start), start + Duration::from_millis(200));
+        let mut it = Numbered::new("10/s", 1);
+        assert!(it.take(1, it.start).is_some());
+        it.owe(1, it.start);
+        assert_eq!(it.available_at(1, it.start), 200);
     }
 
     #[test]
     fn a_cell_that_comes_back_late_lets_no_more_through_than_a_full_bucket() {
-        let (mut bucket, start) = bucket("10/s", 2);
-        assert!(bucket.try_take(start, start));
-        let later = start + Duration::from_secs(5);
-        assert!(bucket.try_take(later, later));
-        bucket.give_back(start);
-        assert!(bucket.try_take(later, later));
-        assert!(!bucket.try_take(later, later), "two at once and no third");
-        bucket.give_back(later);
-        assert!(bucket.try_take(later, later), "but what was taken since does come back");
+        let mut it = Numbered::new("10/s", 2);
+        let early = it.take(1, it.start).expect("full");
+        let later = it.at(5000);
+        let late = it.take(1, later).expect("full again");
+        it.bucket.give_back(1, early);
+        assert!(it.take(1, later).is_some());
+        assert!(it.take(1, later).is_none(), "two at once and no third");
+        it.bucket.give_back(1, late);
+        assert!(it.take(1, later).is_some(), "but what was taken since does come back");
     }
 
     #[test]
     fn a_late_timer_costs_no_rate_and_a_long_pause_gives_no_credit_beyond_the_burst() {
-        let (mut bucket, start) = bucket("100/s", 1);
-        let mut now = start;
-        for _ in 0..100 {
-            assert!(bucket.try_take(start, now));
-            now = bucket.available_at(1, now) + Duration::from_micros(900);
+        let mut it = Numbered::new("100/s", 1);
+        let (start, mut now) = (it.start, it.start);
+        for number in 0..100 {
+            assert!(it.bucket.try_take(1, ChargeNo(number), start, now));
+            now = it.bucket.available_at(1, now) + Duration::from_micros(900);
         }
         assert!(now - start < Duration::from_millis(1002), "{:?}", now - start);
         let after_a_stall = now + Duration::from_secs(1);
-        assert!(bucket.try_take(start, after_a_stall));
-        assert!(!bucket.try_take(start, after_a_stall));
+        assert!(it.bucket.try_take(1, ChargeNo(100), start, after_a_stall));
+        assert!(!it.bucket.try_take(1, ChargeNo(101), start, after_a_stall));
+    }
+
+    #[test]
+    fn a_rate_of_many_cells_a_microsecond_is_exact_too() {
+        // A cell is 85.7 ns, which governor takes for 85.
+        let mut it = Numbered::new("700000000/min", 10_000);
+        let mut now = it.start;
+        for _ in 0..100_000 {
+            now = it.bucket.open_at(7000, now).max(now);
+            assert!(it.take(7000, now).is_some());
+        }
+        let rate = 7000.0 * 100_000.0 / (now - it.start).as_secs_f64() * 60.0;
+        assert!((rate / 700e6 - 1.0).abs() < 0.001, "{rate}");
+    }
+
+    /// Charges are guesses, settled later; what is used is compared with what the quota allows.
+    #[test]
+    fn in_every_window_no_more_is_used_than_burst_and_rate_and_what_guesses_fell_short_by() {
+        for seed in 0..200 {
+            let mut rng = SmallRng::seed_from_u64(seed);
+            let mut it = Numbered::of_guesses("1000/s", 500);
+            let mut under_way: Vec<(u64, u64, ChargeNo)> = Vec::new();
+            // When it was let through, what it used, and by how much the guess fell short.
+            let mut used: Vec<(u64, u64, u64)> = Vec::new();
+            let mut millis = 0;
+            for _ in 0..300 {
+                millis += if rng.random_bool(0.1) { rng.random_range(0..2000) } else { rng.random_range(0..60) };
+                let now = it.at(millis);
+                let (guess, truth) = (rng.random_range(1..200), rng.random_range(1..200));
+                if let Some(charge) = it.take(guess, now) {
+                    under_way.push((guess, truth, charge));
+                    used.push((millis, truth, truth.saturating_sub(guess)));
+                }
+                while !under_way.is_empty() && rng.random_bool(0.4) {
+                    let (guess, truth, charge) = under_way.swap_remove(rng.random_range(0..under_way.len()));
+                    match guess.checked_sub(truth) {
+                        Some(too_much) => it.bucket.give_back(too_much, charge),
+                        None => it.owe(truth - guess, now),
+                    }
+                }
+            }
+            for (i, (from, ..)) in used.iter().enumerate() {
+                let (mut total, mut short) = (0, 0);
+                for (to, truth, shortfall) in &used[i..] {
+                    (total, short) = (total + truth, short + shortfall);
+                    let most = 500 + (to - from + 1);
+                    assert!(total <= most + short, "seed {seed}: {total} in {} ms", to - from);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn in_the_long_run_what_is_used_is_the_rate_whatever_was_guessed() {
+        for (most_guessed, most_used) in [(300, 300), (1000, 100), (100, 1000)] {
+            let used = used_with_a_queue(most_guessed, most_used);
+            assert!((used / 10_000_000.0 - 1.0).abs() < 0.01, "{used} in 10,000 s at 1,000 a second");
+        }
+    }
+
+    /// What is used in 10,000 s by a queue that never ends, every answer taking two seconds.
+    fn used_with_a_queue(most_guessed: u64, most_used: u64) -> f64 {
+        let mut rng = SmallRng::seed_from_u64(1);
+        let mut it = Numbered::of_guesses("1000/s", 5000);
+        let mut under_way: VecDeque<(u64, u64, ChargeNo, Instant)> = VecDeque::new();
+        let (mut now, mut total) = (it.start, 0u64);
+        while now < it.at(10_000_000) {
+            let (guess, truth) = (rng.random_range(1..most_guessed), rng.random_range(1..most_used));
+            loop {
+                let opens = it.bucket.open_at(guess, now).max(now);
+                if under_way.front().is_none_or(|(.., ends)| *ends > opens) {
+                    now = opens + Duration::from_nanos(1);
+                    break;
+                }
+                let (guess, truth, charge, _) = under_way.pop_front().expect("there is one");
+                match u64::checked_sub(guess, truth) {
+                    Some(too_much) => it.bucket.give_back(too_much, charge),
+                    None => it.owe(truth - guess, now),
+                }
+            }
+            it.charges += 1;
+            let charge = ChargeNo(it.charges);
+            assert!(it.bucket.try_take(guess, charge, it.start, now), "waited for");
+            total += truth;
+            under_way.push_back((guess, truth, charge, now + Duration::from_secs(2)));
+        }
+        total as f64
     }
 }

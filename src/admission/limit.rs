@@ -1,6 +1,6 @@
 //! One limit: a bucket or a set of slots, whose it is, and who waits for it.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,8 +8,14 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::bucket::Bucket;
+use super::fair::TenantId;
+use super::line::{Line, Load};
+use super::promise::Promises;
+use super::slack::ChargeNo;
 use super::slots::Slots;
+use crate::config::Mode;
 use crate::error::Cause;
+use crate::models::ModelId;
 
 /// Whose limit it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,19 +24,20 @@ pub enum Scope {
     Global,
     /// One model, by name; a lane's own concurrency counts as its model's.
     Model(Arc<str>),
+    /// One client, by name.
+    Client(Arc<str>),
 }
 
 impl fmt::Display for Scope {
+    /// As in `x-weir-refused-by`: a client knows its own name, and need not be told.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Global => f.write_str("global"),
             Self::Model(name) => write!(f, "model:{name}"),
+            Self::Client(_) => f.write_str("client"),
         }
     }
 }
-
-/// How far apart those who are refused together are told to return.
-const MAX_SPREAD: Duration = Duration::from_secs(30);
 
 /// The order of arrival; a retry keeps that of its first attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -48,92 +55,238 @@ pub struct LimitId(pub(super) usize);
 pub enum Measure {
     /// How many may start.
     Requests(Bucket),
+    /// How many tokens they may cost.
+    Tokens(Bucket),
     /// How many may be under way.
     Concurrency(Slots),
+}
+
+/// What a request needs of a limit.
+#[derive(Debug, Clone, Copy)]
+pub struct Need {
+    pub flow: FlowId,
+    pub model: ModelId,
+    /// What it is estimated to cost.
+    pub tokens: u64,
+}
+
+/// A flow whose first waiter needs more than a bucket ever holds: it waits until the bucket is full.
+#[derive(Debug, Clone, Copy)]
+pub struct Saver {
+    pub need: Need,
+    since: Instant,
 }
 
 /// A limit and the flows whose first waiter it holds up.
 pub struct Limit {
     pub scope: Scope,
     pub measure: Measure,
-    /// Flows held up here, by the rank of their first waiter.
-    pub parked: BTreeSet<(Rank, FlowId)>,
-    /// How many requests wait in those flows.
-    pub waiting: u64,
-    /// When this limit is to be looked at again; a bucket's only, and only while somebody is parked.
+    pub mode: Mode,
+    /// Flows held up here.
+    pub line: Line,
+    /// One of them, set aside with all others of its model until the bucket is full.
+    pub saver: Option<Saver>,
+    /// When this limit is to be looked at again; a bucket's only, and only while somebody is held up.
     pub timer: Option<Instant>,
-    /// When the last of those refused was told to come back: the next one is told a little later.
-    promised: Option<Instant>,
+    /// What the refused were told, for each tenant: it has its own share.
+    promises: BTreeMap<TenantId, Promises>,
+    /// What has passed in all: tokens of a limit of tokens, else requests.
+    passed: u64,
 }
 
 impl Limit {
     /// A limit that nobody waits for.
-    pub fn new(scope: Scope, measure: Measure) -> Self {
-        Self { scope, measure, parked: BTreeSet::new(), waiting: 0, timer: None, promised: None }
-    }
-
-    /// Whether one more may pass now.
-    pub fn has_room(&self, now: Instant) -> bool {
-        match &self.measure {
-            Measure::Requests(bucket) => bucket.available_at(1, now) <= now,
-            Measure::Concurrency(slots) => slots.has_room(),
+    pub fn new(scope: Scope, measure: Measure, mode: Mode) -> Self {
+        Self {
+            scope,
+            measure,
+            mode,
+            line: Line::default(),
+            saver: None,
+            timer: None,
+            promises: BTreeMap::new(),
+            passed: 0,
         }
     }
 
-    /// Lets one pass that has waited since then; there is room.
-    pub fn take(&mut self, waiting_since: Instant, now: Instant) {
+    /// Whether a request of that many tokens has to do with it at all: one without tokens passes a limit of tokens.
+    pub fn concerns(&self, tokens: u64) -> bool {
+        tokens > 0 || !matches!(self.measure, Measure::Tokens(_))
+    }
+
+    /// Whether it could never hold enough for that many tokens.
+    pub fn is_oversize(&self, tokens: u64) -> bool {
+        matches!(&self.measure, Measure::Tokens(bucket) if bucket.is_oversize(tokens))
+    }
+
+    /// Whether this one may pass now.
+    pub fn has_room(&self, need: Need, now: Instant) -> bool {
+        match &self.measure {
+            Measure::Concurrency(slots) => slots.has_room(),
+            Measure::Requests(_) | Measure::Tokens(_) => self.opens_at(need, now).is_some_and(|at| at <= now),
+        }
+    }
+
+    /// Lets one pass that has waited since then.
+    pub fn take(&mut self, tokens: u64, charge: ChargeNo, waiting_since: Instant, now: Instant) {
         match &mut self.measure {
             Measure::Requests(bucket) => {
-                let taken = bucket.try_take(waiting_since, now);
+                let taken = bucket.try_take(1, charge, waiting_since, now);
                 debug_assert!(taken, "a bucket with room gives a cell");
+            }
+            Measure::Tokens(bucket) => {
+                let taken = bucket.try_take(tokens, charge, waiting_since, now);
+                debug_assert!(taken, "a bucket with room gives its cells");
             }
             Measure::Concurrency(slots) => slots.take(),
         }
     }
 
-    /// When the `n`-th from now (from 1) may be expected to pass.
-    pub fn expected_at(&self, n: u64, now: Instant) -> Instant {
-        match &self.measure {
-            Measure::Requests(bucket) => bucket.available_at(n, now).max(now),
-            Measure::Concurrency(slots) => now + slots.expected_wait(n),
+    /// One of this tenant's has passed; `waited` says that it had to wait.
+    pub fn note_turn(&mut self, tenant: TenantId, tokens: u64) {
+        let size = if matches!(self.measure, Measure::Tokens(_)) { tokens } else { 1 };
+        self.passed = self.passed.wrapping_add(size);
+        if let Some(promises) = self.promises.get_mut(&tenant) {
+            promises.has_turn(size, self.passed);
         }
     }
 
-    /// Before when the `n`-th from now (from 1) cannot pass.
-    pub fn earliest_at(&self, n: u64, now: Instant) -> Instant {
-        match &self.measure {
-            Measure::Requests(bucket) => bucket.available_at(n, now).max(now),
-            Measure::Concurrency(slots) => now + slots.shortest_wait(n),
+    /// The tenant, of which nobody waited here, begins to wait.
+    pub fn begins_to_wait(&mut self, tenant: TenantId) {
+        if let Some(promises) = self.promises.get_mut(&tenant) {
+            promises.begins_to_wait(self.passed);
         }
     }
 
-    /// When to look at it again while somebody waits; slots tell by themselves when one becomes free.
-    pub fn next_look(&self, now: Instant) -> Option<Instant> {
-        match &self.measure {
-            Measure::Requests(bucket) if !self.parked.is_empty() => Some(bucket.available_at(1, now)),
-            _ => None,
-        }
+    /// How much passes in all for each of the tenant's, as far as that was seen of late.
+    pub fn shared_by(&self, tenant: TenantId) -> Option<f64> {
+        self.promises.get(&tenant)?.shared_by()
     }
 
-    /// When the next one who is refused should come back, if not before `earliest`: each a step later than the last, so
-    /// that they do not return as one herd. Those who come back all the same, or never, must not push the others' return
-    /// away without end: the spread is 30 s at most.
-    pub fn promise(&mut self, earliest: Instant) -> Instant {
-        let step = match &self.measure {
-            Measure::Requests(bucket) => bucket.rate().interval(),
-            Measure::Concurrency(slots) => slots.turnover(),
+    /// In observe mode: counts one that passes in any case as if it had waited for its turn. `false` where its wait would
+    /// have been longer than allowed, and it would have been refused; that one is not counted.
+    pub fn observe(&mut self, tokens: u64, charge: ChargeNo, allowed: Duration, now: Instant) -> bool {
+        let passes_at = match &self.measure {
+            Measure::Requests(bucket) => bucket.open_at(1, now),
+            Measure::Tokens(bucket) => bucket.open_at(tokens, now),
+            Measure::Concurrency(slots) => now + slots.shortest_wait(slots.beyond() + 1),
         };
-        let after_the_last = self.promised.map(|last| last + step.max(Duration::from_millis(1)));
-        let at = after_the_last.map_or(earliest, |after| after.clamp(earliest, earliest + MAX_SPREAD));
-        self.promised = Some(at);
-        at
+        if passes_at > now + allowed {
+            return false;
+        }
+        match &mut self.measure {
+            Measure::Requests(bucket) => bucket.owe(1, charge, now),
+            Measure::Tokens(bucket) => bucket.owe(tokens, charge, now),
+            Measure::Concurrency(slots) => slots.take(),
+        }
+        true
+    }
+
+    /// When the last of this load may be expected to pass.
+    pub fn expected_at(&self, load: Load, now: Instant) -> Instant {
+        match &self.measure {
+            Measure::Concurrency(slots) => now + slots.expected_wait(load.requests),
+            Measure::Requests(_) | Measure::Tokens(_) => self.earliest_at(load, now),
+        }
+    }
+
+    /// Before when the last of this load cannot pass.
+    pub fn earliest_at(&self, load: Load, now: Instant) -> Instant {
+        match &self.measure {
+            Measure::Requests(bucket) => bucket.available_at(load.requests, now).max(now),
+            Measure::Tokens(bucket) => bucket.available_at(load.tokens, now).max(now),
+            Measure::Concurrency(slots) => now + slots.shortest_wait(load.requests),
+        }
+    }
+
+    /// What of a load a request of that many tokens has to wait for before it passes itself: with more than a bucket holds
+    /// it passes when that is full.
+    pub fn own_part(&self, tokens: u64) -> Load {
+        match &self.measure {
+            Measure::Tokens(bucket) => Load::one(tokens.min(u64::from(bucket.rate().burst))),
+            Measure::Requests(_) | Measure::Concurrency(_) => Load::one(tokens),
+        }
+    }
+
+    /// The most of a flow's waiters that this limit lets through by then.
+    pub fn most_by(&self, waiting: Load, until: Instant, now: Instant) -> Load {
+        match &self.measure {
+            Measure::Requests(bucket) => {
+                let requests = bucket.count_by(until, now).min(waiting.requests);
+                let tokens = u128::from(waiting.tokens) * u128::from(requests) / u128::from(waiting.requests.max(1));
+                Load { requests, tokens: u64::try_from(tokens).unwrap_or(u64::MAX) }
+            }
+            Measure::Tokens(bucket) => waiting.up_to_tokens(bucket.count_by(until, now)),
+            Measure::Concurrency(_) => waiting,
+        }
+    }
+
+    /// How long the limit takes for a load, once it is used up.
+    pub fn time_for(&self, load: Load) -> Duration {
+        match &self.measure {
+            Measure::Requests(bucket) => bucket.refill_time(load.requests),
+            Measure::Tokens(bucket) => bucket.refill_time(load.tokens),
+            Measure::Concurrency(slots) => {
+                slots.turnover().saturating_mul(u32::try_from(load.requests).unwrap_or(u32::MAX))
+            }
+        }
+    }
+
+    /// When to look at it again while somebody is held up; slots tell by themselves when one becomes free.
+    pub fn next_look(&self, first_in_line: Option<Need>, now: Instant) -> Option<Instant> {
+        if matches!(self.measure, Measure::Concurrency(_)) {
+            return None;
+        }
+        let saver = self.saver.and_then(|saver| self.opens_at(saver.need, now));
+        let first = first_in_line.and_then(|need| self.opens_at(need, now));
+        // Never in the past: what is due has just been looked at.
+        saver.into_iter().chain(first).min()
+    }
+
+    /// When a request may pass a bucket, if nobody else does; `None` where that depends on others.
+    fn opens_at(&self, need: Need, now: Instant) -> Option<Instant> {
+        let (bucket, cells) = match &self.measure {
+            Measure::Requests(bucket) => (bucket, 1),
+            Measure::Tokens(bucket) => (bucket, need.tokens),
+            Measure::Concurrency(_) => return None,
+        };
+        match self.saver {
+            Some(saver) if saver.need.flow == need.flow => Some(bucket.open_at(cells, now)),
+            Some(saver) if saver.need.model == need.model => None,
+            Some(saver) => bucket.open_beside_saver_at(cells, saver.since, now),
+            None => Some(bucket.open_at(cells, now)),
+        }
+    }
+
+    /// From now on this flow saves for all that the bucket holds.
+    pub fn begin_saving(&mut self, need: Need, now: Instant) {
+        self.saver = Some(Saver { need, since: now });
+    }
+
+    /// How much longer than otherwise a newcomer's wait has to be taken to be, for those whom this limit has promised a place.
+    pub fn reserved(&mut self, tenant: TenantId, now: Instant) -> Option<Duration> {
+        self.promises.get_mut(&tenant).and_then(|promises| promises.reserved(now))
+    }
+
+    /// Whether a newcomer may be one of this tenant who was told to come now.
+    pub fn redeem(&mut self, tenant: TenantId, now: Instant) -> bool {
+        self.promises.get_mut(&tenant).is_some_and(|promises| promises.redeem(now))
+    }
+
+    /// When the next one of this tenant who is refused should come back, if not before `earliest`; `takes` is how long the
+    /// tenant's share of the limit takes for it.
+    pub fn promise(&mut self, tenant: TenantId, earliest: Instant, takes: Duration, now: Instant) -> Instant {
+        self.promises.retain(|other, promises| *other == tenant || !promises.are_void(now));
+        self.promises.entry(tenant).or_default().promise(earliest, takes)
     }
 
     /// Why a request that this limit holds up is refused.
     pub fn cause(&self) -> Cause {
-        match self.measure {
-            Measure::Requests(_) => Cause::Requests,
-            Measure::Concurrency(_) => Cause::Concurrency,
+        match (&self.measure, &self.scope) {
+            (Measure::Requests(_), _) => Cause::Requests,
+            (Measure::Tokens(_), _) => Cause::Tokens,
+            (Measure::Concurrency(_), Scope::Client(_)) => Cause::ClientConcurrency,
+            (Measure::Concurrency(_), _) => Cause::Concurrency,
         }
     }
 }
@@ -142,11 +295,13 @@ impl fmt::Display for Limit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.measure {
             Measure::Requests(bucket) => write!(f, "the request limit of {}", bucket.rate())?,
+            Measure::Tokens(bucket) => write!(f, "the limit of {} tokens", bucket.rate())?,
             Measure::Concurrency(slots) => write!(f, "the limit of {} requests at a time", slots.limit())?,
         }
         match &self.scope {
             Scope::Global => Ok(()),
             Scope::Model(name) => write!(f, " for model {name}"),
+            Scope::Client(name) => write!(f, " for client {name}"),
         }
     }
 }

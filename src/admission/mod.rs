@@ -1,17 +1,23 @@
 //! Admission: may a request go, and when?
 //!
 //! A request asks the [`Gate`] and gets a [`Permit`], at once or after waiting its turn, or a refusal that says when to come
-//! back. The permit holds a slot of every semaphore on the request's way until it is dropped, wherever that happens.
+//! back. The permit holds a slot of every semaphore on the request's way, and the tokens that it is estimated to cost, until
+//! it is dropped, wherever that happens; then the tokens are settled to what the answer did cost.
 //!
-//! The deciding parts ([`queue`], [`bucket`], [`slots`]) are pure and driven by a given `now`. This file gives them a lock, a
-//! clock and a way to wake a waiter. Nobody polls: a waiter sleeps until it is handed its permit, and one task sleeps
-//! until the next bucket refills.
+//! The deciding parts ([`queue`], [`fair`], [`bucket`], [`slots`], [`estimate`]) are pure and driven by a given `now`. This
+//! file gives them a lock, a clock and a way to wake a waiter. Nobody polls: a waiter sleeps until it is handed its permit,
+//! and one task sleeps until the next bucket refills.
 
 pub mod bucket;
 pub mod bytes;
+pub mod estimate;
+pub mod fair;
 pub mod limit;
+pub mod line;
+pub mod promise;
 pub mod queue;
 pub mod refusal;
+pub mod slack;
 pub mod slots;
 
 use std::collections::BTreeMap;
@@ -22,16 +28,22 @@ use std::time::Duration;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
-use crate::config::{Concurrency, Config, LimitTable, Rate};
+use crate::clients::{Clients, Tenant};
+use crate::config::{Concurrency, Config, LimitTable, Mode, Weight};
+use crate::error::Cause;
 use crate::metrics::{LimitGauge, ModelGauges};
 use crate::models::{ModelId, Models};
+use crate::openai::headers::Quota;
+use crate::openai::usage::Usage;
 
 use bucket::Bucket;
-use limit::Measure;
-use queue::{Ask, Grant, Offer, Queue, Rules, Ticket};
+use estimate::Learned;
+use limit::{Limit, Measure};
+use queue::{Ask, Grant, Offer, Queue, Rules, Ticket, Used};
 use slots::Slots;
 
 pub use bytes::{ByteBudget, HeldBytes, NoRoom};
+pub use estimate::{Cost, Size};
 pub use limit::{Rank, Scope};
 pub use queue::Lane;
 pub use refusal::Refusal;
@@ -42,19 +54,37 @@ const INITIAL_LANE_SLOTS: u32 = 10;
 /// A request, as admission sees it: the same for each of its attempts.
 #[derive(Debug, Clone)]
 pub struct Applicant {
+    /// Who gets a share of its own.
+    pub tenant: Tenant,
+    pub weight: Weight,
     pub lane: Lane,
     /// Its place in the order of arrival, from [`Gate::next_rank`].
     pub rank: Rank,
+    /// What it is estimated to cost, and from what; `None` for a call that costs no tokens.
+    pub size: Option<Size>,
+    pub cost: Cost,
     /// How long such a request may wait.
     pub max_wait: Duration,
     /// When this one has waited long enough.
     pub until: Instant,
 }
 
+/// How the limits stand that a client's requests have to pass: of each unit the tightest.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Standing {
+    pub requests: Option<Quota>,
+    pub tokens: Option<Quota>,
+}
+
+/// What wakes a waiter: its permit, or that another took its place in a full queue.
+type Turn = Result<Permit, Refusal>;
+
 /// Every limit, and everyone who waits for one. There is one gate, shared by all.
 pub struct Gate {
     /// Guards the whole state of admission. Held for a decision, never across an await.
-    queue: Mutex<Queue<oneshot::Sender<Permit>>>,
+    queue: Mutex<Queue<oneshot::Sender<Turn>>>,
+    /// What was learned about each model, by [`ModelId::index`]. Locked for a look or an update.
+    learned: Mutex<Vec<Learned>>,
     /// Tells the timekeeper that the next refill to wait for has changed.
     retime: Arc<Notify>,
     ranks: AtomicU64,
@@ -62,18 +92,24 @@ pub struct Gate {
     /// The configuration's `[models]`.
     model_limits: BTreeMap<String, LimitTable>,
     replicas: u32,
+    /// Whether any limit is a quota of which clients are told how it stands.
+    has_quotas: bool,
     /// To put into permits.
     me: Weak<Gate>,
 }
 
-/// The right to send one request to the gateway. Dropping it gives back its slots.
-///
-/// Dropped before [`Permit::spend`], it gives back the request's cells too.
+/// The right to send one request to the gateway. Dropping it gives back its slots, and settles its tokens: to nothing, with
+/// the request's cells, before [`Permit::spend`]; after that to what [`Permit::answered`], [`Permit::used`] or
+/// [`Permit::refused`] say, or, where nobody said anything, to the prompt's estimate: the gateway may have read it.
 pub struct Permit {
     gate: Arc<Gate>,
     grant: Grant,
+    /// What its estimate was made from, and for which model.
+    estimated: Option<(ModelId, Size)>,
     /// The gateway may have seen the request.
     spent: bool,
+    /// What it came to, as far as that is known.
+    used: Used,
 }
 
 impl Gate {
@@ -82,25 +118,32 @@ impl Gate {
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub fn open(config: &Config, models: Arc<Models>) -> Arc<Self> {
-        let replicas = config.limits.replicas;
-        let lane_slots = match config.limits.concurrency {
-            Concurrency::Adaptive => Some(share(INITIAL_LANE_SLOTS, replicas)),
-            Concurrency::Fixed(_) => None,
+    pub fn open(config: &Config, models: Arc<Models>, clients: &Clients) -> Arc<Self> {
+        let limits = &config.limits;
+        let (lane_slots, slots) = match limits.concurrency {
+            Concurrency::Adaptive => (Some(share(INITIAL_LANE_SLOTS, limits.replicas)), None),
+            Concurrency::Fixed(number) => (None, Some(number)),
         };
-        let rules = Rules { max_waiting: config.queue.max_waiting as usize, lane_slots };
-        let slots = match config.limits.concurrency {
-            Concurrency::Adaptive => None,
-            Concurrency::Fixed(number) => Some(number),
-        };
+        let rules = Rules { max_waiting: config.queue.max_waiting as usize, lane_slots, mode: limits.mode };
+        let (requests, tokens) = (limits.requests, limits.tokens);
+        let global = LimitTable { requests, tokens, concurrency: slots, mode: limits.mode };
         let now = Instant::now();
+        let mut queue = Queue::new(rules, measures(&global, limits.replicas, now));
+        for client in clients.ids() {
+            let own = clients.limits(client);
+            queue.limit_client(client, clients.name(client), own.mode, measures(own, limits.replicas, now));
+        }
+        let own_tables = config.models.values().chain(clients.ids().map(|client| clients.limits(client)));
+        let has_quotas = own_tables.chain([&global]).any(has_quota);
         let gate = Arc::new_cyclic(|me| Self {
-            queue: Mutex::new(Queue::new(rules, measures(config.limits.requests, slots, replicas, now))),
+            queue: Mutex::new(queue),
+            learned: Mutex::default(),
             retime: Arc::new(Notify::new()),
             ranks: AtomicU64::new(0),
             models,
             model_limits: config.models.clone(),
-            replicas,
+            replicas: limits.replicas,
+            has_quotas,
             me: me.clone(),
         });
         tokio::spawn(keep_time(Arc::downgrade(&gate), gate.retime.clone()));
@@ -112,15 +155,31 @@ impl Gate {
         Rank(self.ranks.fetch_add(1, Ordering::Relaxed))
     }
 
+    /// What a request of that size to that model will cost, and how long the first byte of its answer usually takes.
+    pub fn estimate(&self, model: ModelId, size: Size, stream: bool) -> (Cost, Duration) {
+        self.learned(model, |learned| (learned.estimate(size), learned.usual_first_byte(stream)))
+    }
+
+    /// The first byte of an answer came so long after its request was sent.
+    pub fn learn_first_byte(&self, model: ModelId, stream: bool, after: Duration) {
+        self.learned(model, |learned| learned.saw_first_byte(stream, after));
+    }
+
     /// Waits until the request may be sent. `again` says that this is not its first attempt.
     ///
     /// Dropping the future gives the place in the queue up, and the permit if it was just handed over.
     ///
     /// # Errors
-    /// The [`Refusal`], on arrival where no waiting can help, else when `until` has come.
+    /// The [`Refusal`]: on arrival where no waiting can help, when `until` has come, or when the queue is full and another
+    /// tenant, which has less of it, needs the place.
     pub async fn admit(&self, who: &Applicant, again: bool) -> Result<Permit, Refusal> {
-        let ask = Ask { lane: who.lane, rank: who.rank, max_wait: who.max_wait, until: who.until, again };
-        let (ticket, mut turn) = match self.offer_or_enqueue(&ask)? {
+        let mut permit = self.wait_for_turn(who, again).await?;
+        permit.estimated = who.size.map(|size| (who.lane.model, size));
+        Ok(permit)
+    }
+
+    async fn wait_for_turn(&self, who: &Applicant, again: bool) -> Turn {
+        let (ticket, mut turn) = match self.offer_or_enqueue(&who.ask(again))? {
             Place::Permit(permit) => return Ok(permit),
             Place::Waiting(ticket, turn) => (ticket, turn),
         };
@@ -129,20 +188,45 @@ impl Gate {
         let mut place = PlaceInQueue { gate: self, ticket: Some(ticket) };
         tokio::select! {
             biased;
-            permit = &mut turn => {
+            turn = &mut turn => {
                 place.ticket = None;
-                permit.map_err(|_| Refusal::draining())
+                turn.unwrap_or_else(|_| Err(Refusal::draining()))
             }
-            () = tokio::time::sleep_until(ask.until) => {
+            () = tokio::time::sleep_until(who.until) => {
                 place.ticket = None;
                 // A bucket may refill at this very moment; the waiter whose cell that is gets it.
                 self.change(|_, _| ());
                 match self.change(|queue, now| queue.expire(ticket, now)) {
                     Some(refusal) => Err(refusal),
-                    None => turn.await.map_err(|_| Refusal::draining()),
+                    None => turn.await.unwrap_or_else(|_| Err(Refusal::draining())),
                 }
             }
         }
+    }
+
+    /// How the quotas stand that such a request has to pass; nothing where there are none.
+    pub fn standing(&self, who: &Applicant) -> Standing {
+        let mut standing = Standing::default();
+        if !self.has_quotas {
+            return standing;
+        }
+        let now = Instant::now();
+        for limit in self.lock().limits_on_the_way(who.tenant, who.lane) {
+            let (tightest, bucket) = match &limit.measure {
+                Measure::Requests(bucket) => (&mut standing.requests, bucket),
+                Measure::Tokens(bucket) => (&mut standing.tokens, bucket),
+                Measure::Concurrency(_) => continue,
+            };
+            let quota = Quota {
+                limit: bucket.rate().count,
+                remaining: u64::from(bucket.remaining(now)),
+                reset: bucket.time_to_full(now),
+            };
+            if tightest.is_none_or(|other| (quota.remaining, quota.limit) < (other.remaining, other.limit)) {
+                *tightest = Some(quota);
+            }
+        }
+        standing
     }
 
     /// Refuses everyone who waits, and everyone who comes from now on.
@@ -150,14 +234,14 @@ impl Gate {
         drop(self.change(Queue::close));
     }
 
-    /// How many requests of each model are under way and waiting, its lanes added up.
+    /// How many requests of each model are under way and waiting, its flows added up.
     pub fn model_gauges(&self) -> Vec<ModelGauges> {
         let mut of_model: BTreeMap<ModelId, ModelGauges> = BTreeMap::new();
-        for lane in self.lock().lanes() {
-            let gauges = of_model.entry(lane.model).or_default();
-            gauges.in_flight += u64::from(lane.in_flight);
-            gauges.waiting += lane.waiting;
-            gauges.concurrency_limit = gauges.concurrency_limit.max(lane.slots);
+        for flow in self.lock().flows() {
+            let gauges = of_model.entry(flow.model).or_default();
+            gauges.in_flight += u64::from(flow.in_flight);
+            gauges.waiting += flow.waiting;
+            gauges.concurrency_limit = gauges.concurrency_limit.max(flow.slots);
         }
         let named =
             of_model.into_iter().map(|(model, gauges)| ModelGauges { model: self.models.name(model), ..gauges });
@@ -167,53 +251,53 @@ impl Gate {
     /// The limits of the configuration and what is left of them.
     pub fn limit_gauges(&self) -> Vec<LimitGauge> {
         let now = Instant::now();
-        let queue = self.lock();
-        let views = queue.limits().map(|limit| {
-            let (unit, remaining) = match &limit.measure {
-                Measure::Requests(bucket) => ("requests", bucket.remaining(now)),
-                Measure::Concurrency(slots) => ("concurrency", slots.limit().saturating_sub(slots.in_use())),
-            };
-            let (scope, name) = match &limit.scope {
-                Scope::Global => ("global", String::new()),
-                Scope::Model(name) => ("model", name.to_string()),
-            };
-            LimitGauge { scope, name, unit, remaining: u64::from(remaining) }
-        });
-        views.collect()
+        self.lock().limits().map(|limit| gauge_of(limit, now)).collect()
+    }
+
+    /// What requests under way are estimated to cost, until they are settled.
+    pub fn reserved_tokens(&self) -> u64 {
+        self.lock().reserved_tokens()
     }
 
     fn offer_or_enqueue(&self, ask: &Ask) -> Result<Place, Refusal> {
         let model = ask.lane.model;
         let name = || self.models.name(model);
+        let mut displaced = None;
         let place = self.change(|queue, now| {
             if !queue.knows(model) {
-                queue.limit_model(model, &name(), self.measures_of(model, &name(), now));
+                let (mode, measures) = self.measures_of(model, &name(), now);
+                queue.limit_model(model, &name(), mode, measures);
             }
             match queue.offer(ask, name, now) {
                 Offer::Admitted(grant) => Ok(Err(grant)),
                 Offer::Refused(refusal) => Err(refusal),
-                Offer::MustWait => {
+                Offer::MustWait(flow) => {
                     let (wake, turn) = oneshot::channel();
-                    Ok(Ok((queue.enqueue(ask, wake, now), turn)))
+                    let (ticket, other) = queue.enqueue(flow, ask, wake, now);
+                    displaced = other;
+                    Ok(Ok((ticket, turn)))
                 }
             }
         })?;
+        if let Some((wake, refusal)) = displaced {
+            // A waiter that is gone needs no refusal.
+            let _ = wake.send(Err(refusal));
+        }
         Ok(match place {
             Ok((ticket, turn)) => Place::Waiting(ticket, turn),
             Err(grant) => Place::Permit(self.permit(grant)),
         })
     }
 
-    fn measures_of(&self, model: ModelId, name: &str, now: Instant) -> Vec<Measure> {
+    fn measures_of(&self, model: ModelId, name: &str, now: Instant) -> (Mode, Vec<Measure>) {
         // A call that names no model is no model's.
         let named = || self.model_limits.get(name).or_else(|| self.model_limits.get("*"));
         let limits = if model == ModelId::NONE { None } else { named() };
-        let limits = limits.cloned().unwrap_or_default();
-        measures(limits.requests, limits.concurrency, self.replicas, now)
+        limits.map_or((Mode::Enforce, Vec::new()), |limits| (limits.mode, measures(limits, self.replicas, now)))
     }
 
     /// Changes the queue, lets through whoever can go after that, and wakes them once the lock is free.
-    fn change<T>(&self, change: impl FnOnce(&mut Queue<oneshot::Sender<Permit>>, Instant) -> T) -> T {
+    fn change<T>(&self, change: impl FnOnce(&mut Queue<oneshot::Sender<Turn>>, Instant) -> T) -> T {
         let now = Instant::now();
         let mut turns = Vec::new();
         let mut queue = self.lock();
@@ -227,17 +311,26 @@ impl Gate {
         }
         for (wake, grant) in turns {
             // A waiter that is gone gives the permit back by dropping it.
-            let _ = wake.send(self.permit(grant));
+            let _ = wake.send(Ok(self.permit(grant)));
         }
         answer
     }
 
     fn permit(&self, grant: Grant) -> Permit {
         let gate = self.me.upgrade().expect("a gate that is asked is alive");
-        Permit { gate, grant, spent: false }
+        let used = Used::Tokens(grant.cost().prompt);
+        Permit { gate, grant, estimated: None, spent: false, used }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Queue<oneshot::Sender<Permit>>> {
+    fn learned<T>(&self, model: ModelId, look: impl FnOnce(&mut Learned) -> T) -> T {
+        let mut learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
+        if learned.len() <= model.index() {
+            learned.resize_with(model.index() + 1, Learned::default);
+        }
+        look(&mut learned[model.index()])
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue<oneshot::Sender<Turn>>> {
         // A panic while deciding is a broken invariant; the state is still the best there is.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -246,6 +339,13 @@ impl Gate {
 impl Drop for Gate {
     fn drop(&mut self) {
         self.retime.notify_one();
+    }
+}
+
+impl Applicant {
+    fn ask(&self, again: bool) -> Ask {
+        let Self { tenant, weight, lane, rank, size: _, cost, max_wait, until } = *self;
+        Ask { tenant, weight, lane, rank, cost, max_wait, until, again }
     }
 }
 
@@ -262,11 +362,40 @@ impl Permit {
     pub fn was_not_written(&mut self) {
         self.spent = false;
     }
+
+    /// What the request was estimated to cost.
+    pub fn cost(&self) -> Cost {
+        self.grant.cost()
+    }
+
+    /// The gateway told what its answer cost; the next estimate is better for it.
+    pub fn answered(&mut self, usage: Usage) {
+        self.used(usage.quota());
+        if let Some((model, size)) = self.estimated {
+            self.gate.learned(model, |learned| learned.learn(size, usage));
+        }
+    }
+
+    /// The gateway answered with an error: no tokens were used.
+    pub fn refused(&mut self) {
+        self.used = Used::Refused;
+    }
+
+    /// So many tokens were used.
+    pub fn used(&mut self, tokens: u64) {
+        self.used = Used::Tokens(tokens);
+    }
+
+    /// Why the limits in observe mode would have refused this request, each reason once.
+    pub fn would_refuse(&self) -> &[Cause] {
+        &self.grant.would_refuse
+    }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.gate.change(|queue, now| queue.release(&self.grant, !self.spent, now));
+        let used = if self.spent { self.used } else { Used::Unsent };
+        self.gate.change(|queue, now| queue.release(&self.grant, used, now));
     }
 }
 
@@ -279,7 +408,7 @@ impl std::fmt::Debug for Permit {
 /// What a request that was not refused has.
 enum Place {
     Permit(Permit),
-    Waiting(Ticket, oneshot::Receiver<Permit>),
+    Waiting(Ticket, oneshot::Receiver<Turn>),
 }
 
 /// A waiter's place, given up when dropped.
@@ -317,13 +446,33 @@ async fn keep_time(gate: Weak<Gate>, retime: Arc<Notify>) {
     }
 }
 
-fn measures(requests: Option<Rate>, slots: Option<u32>, replicas: u32, now: Instant) -> Vec<Measure> {
-    let bucket = requests.map(|rate| Measure::Requests(Bucket::new(rate.share(replicas), now)));
-    let slots = slots.map(|number| Measure::Concurrency(Slots::new(share(number, replicas))));
-    bucket.into_iter().chain(slots).collect()
+fn measures(limits: &LimitTable, replicas: u32, now: Instant) -> Vec<Measure> {
+    let requests = limits.requests.map(|rate| Measure::Requests(Bucket::new(rate.share(replicas), now)));
+    let tokens = limits.tokens.map(|rate| Measure::Tokens(Bucket::of_guesses(rate.share(replicas), now)));
+    let slots = limits.concurrency.map(|number| Measure::Concurrency(Slots::new(share(number, replicas))));
+    requests.into_iter().chain(tokens).chain(slots).collect()
+}
+
+/// Whether clients can be told how one of these limits stands; one that is only observed is not theirs to know.
+fn has_quota(limits: &LimitTable) -> bool {
+    limits.mode == Mode::Enforce && (limits.requests.is_some() || limits.tokens.is_some())
 }
 
 /// One of `replicas` equal shares of a number of slots, at least 1.
 fn share(number: u32, replicas: u32) -> u32 {
     (number / replicas.max(1)).max(1)
+}
+
+fn gauge_of(limit: &Limit, now: Instant) -> LimitGauge {
+    let (unit, remaining) = match &limit.measure {
+        Measure::Requests(bucket) => ("requests", bucket.remaining(now)),
+        Measure::Tokens(bucket) => ("tokens", bucket.remaining(now)),
+        Measure::Concurrency(slots) => ("concurrency", slots.limit().saturating_sub(slots.in_use())),
+    };
+    let (scope, name) = match &limit.scope {
+        Scope::Global => ("global", String::new()),
+        Scope::Model(name) => ("model", name.to_string()),
+        Scope::Client(name) => ("client", name.to_string()),
+    };
+    LimitGauge { scope, name, unit, remaining: u64::from(remaining) }
 }

@@ -3,24 +3,36 @@
 //! Pure: it is given `now`, holds no socket, task or lock, and hands out what `W` stands for (a sender in weir, a number in
 //! tests) when a waiter's turn has come.
 //!
-//! Requests of one lane wait in one **flow**, first come first served. A flow is *ready* (its first waiter is to be looked
-//! at), *parked* at the one limit that holds its first waiter up, or empty. So flows do not block each other unless they
-//! wait for the same limit, and there the one whose first waiter came earliest goes first.
+//! Requests of one tenant in one lane wait in one **flow**, first come first served. A flow is *ready* (its first waiter is
+//! to be looked at), *parked* at the one limit that holds its first waiter up, or empty. So flows do not block each other
+//! unless they wait for the same limit, and there the one whose tenant has had least goes first ([`super::fair`]). A big
+//! request that is first in line is not passed by smaller ones behind it: it waits until there is enough for it.
 //!
-//! No wake-up is lost: a limit with somebody parked has no room, or is in `opened` and about to be looked at. Room appears
-//! when a slot or cell is given back (`opened` at once), when a bucket refills (its timer), or when the first in line
-//! leaves (`opened`). Every method that may make room is followed by [`Queue::pump`].
+//! No wake-up is lost: a limit with somebody parked has no room for the first in line, or is in `opened` and about to be
+//! looked at. Room appears when a slot or cell is given back (`opened` at once), when a bucket refills (its timer), or when
+//! another becomes first (`opened`). Every method that may make room is followed by [`Queue::pump`].
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+mod flows;
+mod predict;
+
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::limit::{FlowId, Limit, LimitId, Measure, Rank, Scope};
+use super::estimate::Cost;
+use super::fair::{FairClock, TenantId, Virtual};
+use super::limit::{FlowId, Limit, LimitId, Measure, Need, Rank, Scope};
+use super::line::{Head, Load};
 use super::refusal::Refusal;
+use super::slack::ChargeNo;
+use crate::clients::{ClientId, Tenant};
+use crate::config::{Mode, Weight};
 use crate::error::Cause;
 use crate::models::ModelId;
+
+use flows::{Flow, LaneId, LaneState};
 
 /// Those who share what is learned about the gateway: one upstream credential (by fingerprint) and one model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -29,14 +41,17 @@ pub struct Lane {
     pub model: ModelId,
 }
 
-/// Lanes kept at once. Beyond it the idle ones are forgotten, and if none is idle, newcomers share one lane a model.
-pub const MAX_LANES: usize = 4096;
+/// The least that a request counts for in the fair clock, in tokens: one that costs nothing takes its place all the same.
+const LEAST_SHARE: u64 = 64;
 
 /// A request that asks to be let through.
 #[derive(Debug, Clone)]
 pub struct Ask {
+    pub tenant: Tenant,
+    pub weight: Weight,
     pub lane: Lane,
     pub rank: Rank,
+    pub cost: Cost,
     /// How long a request like this may wait, counted from its first arrival.
     pub max_wait: Duration,
     /// When this one has waited long enough.
@@ -45,11 +60,35 @@ pub struct Ask {
     pub again: bool,
 }
 
-/// What is to be given back: a slot of every semaphore on the way.
+/// What was taken for a request: a slot of every semaphore on the way, and what it is estimated to cost.
 #[derive(Debug)]
 pub struct Grant {
     flow: FlowId,
     at: Instant,
+    charge: ChargeNo,
+    cost: Cost,
+    /// Which of the observed limits counted it, by their places on the way.
+    observed: u16,
+    /// The limits in observe mode that would have refused it.
+    pub would_refuse: Vec<Cause>,
+}
+
+impl Grant {
+    /// What the request was estimated to cost.
+    pub fn cost(&self) -> Cost {
+        self.cost
+    }
+}
+
+/// What a request that was let through came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Used {
+    /// The gateway never saw it.
+    Unsent,
+    /// The gateway answered it with an error: no tokens, but a request.
+    Refused,
+    /// So many tokens.
+    Tokens(u64),
 }
 
 /// Where a waiter stands.
@@ -62,7 +101,8 @@ pub struct Ticket {
 /// The answer to an [`Ask`].
 pub enum Offer {
     Admitted(Grant),
-    MustWait,
+    /// To be followed by [`Queue::enqueue`], before anything else happens.
+    MustWait(FlowId),
     Refused(Refusal),
 }
 
@@ -72,11 +112,13 @@ pub struct Rules {
     pub max_waiting: usize,
     /// Slots of each lane; `None` where the configuration has one number for all.
     pub lane_slots: Option<u32>,
+    /// Whether everyone's limits, and the lanes' slots, hold anybody up.
+    pub mode: Mode,
 }
 
-/// What there is to see of one lane.
+/// What there is to see of one flow.
 #[derive(Debug, Clone)]
-pub struct LaneView {
+pub struct FlowView {
     pub model: ModelId,
     pub in_flight: u32,
     pub waiting: u64,
@@ -92,30 +134,31 @@ pub struct Queue<W> {
     free_limits: Vec<LimitId>,
     global: Vec<LimitId>,
     of_model: HashMap<ModelId, Vec<LimitId>>,
+    of_client: HashMap<ClientId, Vec<LimitId>>,
+    fair: FairClock,
+    lanes: Vec<LaneState>,
+    free_lanes: Vec<LaneId>,
+    of_lane: HashMap<Lane, LaneId>,
     flows: Vec<Flow<W>>,
-    of_lane: HashMap<Lane, FlowId>,
     free_flows: Vec<FlowId>,
-    ready: BTreeSet<(Rank, FlowId)>,
+    of_flow: HashMap<(TenantId, LaneId), FlowId>,
+    /// When there are so many flows, idle ones are forgotten.
+    flows_before_sweep: usize,
+    ready: BTreeSet<(Virtual, Rank, FlowId)>,
     opened: Vec<LimitId>,
     timers: BTreeSet<(Instant, LimitId)>,
+    charges: u64,
     waiting: usize,
+    reserved_tokens: u64,
     closed: bool,
-}
-
-struct Flow<W> {
-    lane: Lane,
-    /// Every limit on the way, the widest first.
-    path: Vec<LimitId>,
-    own_slots: Option<LimitId>,
-    waiters: BTreeMap<Rank, Waiter<W>>,
-    place: Place,
-    in_flight: u32,
 }
 
 struct Waiter<W> {
     wake: W,
+    cost: Cost,
     since: Instant,
     max_wait: Duration,
+    again: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,6 +167,7 @@ enum Place {
     /// About to be looked at; `from` is the limit that has made room for it and may have more.
     Ready {
         from: Option<LimitId>,
+        counter: Virtual,
     },
     Parked(LimitId),
 }
@@ -137,16 +181,24 @@ impl<W> Queue<W> {
             free_limits: Vec::new(),
             global: Vec::new(),
             of_model: HashMap::new(),
-            flows: Vec::new(),
+            of_client: HashMap::new(),
+            fair: FairClock::default(),
+            lanes: Vec::new(),
+            free_lanes: Vec::new(),
             of_lane: HashMap::new(),
+            flows: Vec::new(),
             free_flows: Vec::new(),
+            of_flow: HashMap::new(),
+            flows_before_sweep: flows::MAX_IDLE,
             ready: BTreeSet::new(),
             opened: Vec::new(),
             timers: BTreeSet::new(),
+            charges: 0,
             waiting: 0,
+            reserved_tokens: 0,
             closed: false,
         };
-        queue.global = global.into_iter().map(|measure| queue.add_limit(Limit::new(Scope::Global, measure))).collect();
+        queue.global = queue.add_limits(&Scope::Global, rules.mode, global);
         queue
     }
 
@@ -156,56 +208,70 @@ impl<W> Queue<W> {
     }
 
     /// Sets the limits of a model, on top of everyone's.
-    pub fn limit_model(&mut self, model: ModelId, name: &Arc<str>, measures: Vec<Measure>) {
-        let scoped = |measure| Limit::new(Scope::Model(name.clone()), measure);
-        let limits = measures.into_iter().map(|measure| self.add_limit(scoped(measure))).collect();
+    pub fn limit_model(&mut self, model: ModelId, name: &Arc<str>, mode: Mode, measures: Vec<Measure>) {
+        let limits = self.add_limits(&Scope::Model(name.clone()), mode, measures);
         self.of_model.insert(model, limits);
     }
 
+    /// Sets the limits of a client, on top of everyone's.
+    pub fn limit_client(&mut self, client: ClientId, name: &Arc<str>, mode: Mode, measures: Vec<Measure>) {
+        let limits = self.add_limits(&Scope::Client(name.clone()), mode, measures);
+        self.of_client.insert(client, limits);
+    }
+
     /// Lets a request through at once if it can, or says that it must wait or is refused.
-    ///
-    /// A [`Offer::MustWait`] is followed by [`Queue::enqueue`] before anything else happens.
     pub fn offer(&mut self, ask: &Ask, model_name: impl Fn() -> Arc<str>, now: Instant) -> Offer {
         if self.closed {
             return Offer::Refused(Refusal::draining());
         }
-        let id = self.flow_of(ask.lane, model_name);
+        let id = self.flow_of(ask, model_name);
+        self.begin(id);
+        let need = self.need(id, ask.cost);
         let first = self.flows[id.0].waiters.first_key_value().is_none_or(|(head, _)| ask.rank < *head);
-        let Some(blocker) = self.blocker(id, ask.rank, now) else {
+        let Some(blocker) = self.blocker(need, ask.rank, now) else {
             if first {
-                return Offer::Admitted(self.grant(id, now, now));
+                return Offer::Admitted(self.grant(need.flow, ask.cost, ask.max_wait, now, now));
             }
-            return Offer::MustWait;
+            return Offer::MustWait(id);
         };
-        if self.waiting >= self.rules.max_waiting && !ask.again {
-            return Offer::Refused(self.refuse(id, blocker, Cause::QueueFull, ask.max_wait, now));
+        if let Some(limit) = self.too_late(id, ask, now) {
+            let cause = self.limits[limit.0].cause();
+            return Offer::Refused(self.refuse(id, limit, cause, ask.cost, ask.max_wait, now));
         }
-        match self.too_late(id, ask.until, now) {
-            Some(limit) => {
-                let cause = self.limits[limit.0].cause();
-                Offer::Refused(self.refuse(id, limit, cause, ask.max_wait, now))
-            }
-            None => Offer::MustWait,
+        if self.is_full() && !ask.again && self.whom_to_displace(id).is_none() {
+            return Offer::Refused(self.refuse(id, blocker, Cause::QueueFull, ask.cost, ask.max_wait, now));
         }
+        Offer::MustWait(id)
     }
 
     /// Puts a request in its place in the queue. [`Queue::pump`] hands `wake` out when its turn has come.
-    pub fn enqueue(&mut self, ask: &Ask, wake: W, now: Instant) -> Ticket {
-        let id = self.of_lane[&self.lane_in_use(ask.lane)];
-        let waiter = Waiter { wake, since: now, max_wait: ask.max_wait };
+    ///
+    /// In a full queue it takes the place of another tenant's last, which is handed back with its refusal.
+    pub fn enqueue(&mut self, id: FlowId, ask: &Ask, wake: W, now: Instant) -> (Ticket, Option<(W, Refusal)>) {
+        let displaced = if self.is_full() && !ask.again { self.displace(id, now) } else { None };
+        let Ask { rank, cost, max_wait, again, .. } = *ask;
+        let waiter = Waiter { wake, cost, since: now, max_wait, again };
         let head = self.flows[id.0].waiters.first_key_value().map(|(rank, _)| *rank);
-        if head.is_some_and(|head| head < ask.rank) {
-            self.flows[id.0].waiters.insert(ask.rank, waiter);
-            if let Place::Parked(limit) = self.flows[id.0].place {
-                self.limits[limit.0].waiting += 1;
-            }
-        } else {
+        let behind = head.is_some_and(|head| head < rank);
+        if !behind {
             self.leave_place(id, now);
-            self.flows[id.0].waiters.insert(ask.rank, waiter);
-            self.make_ready(id, None);
+        }
+        let flow = &mut self.flows[id.0];
+        let (tenant, load) = (flow.tenant, Load::one(cost.tokens()));
+        flow.waiters.insert(rank, waiter);
+        flow.load = flow.load.plus(load);
+        if let (true, Place::Parked(limit)) = (behind, flow.place) {
+            self.limits[limit.0].line.grow(tenant, load);
+        }
+        self.fair.joins(tenant);
+        if head.is_none() {
+            self.fair.share_mut(tenant).backlog.insert(id);
         }
         self.waiting += 1;
-        Ticket { flow: id, rank: ask.rank }
+        if !behind {
+            self.make_ready(id, None);
+        }
+        (Ticket { flow: id, rank }, displaced)
     }
 
     /// Takes a waiter out who has given up. `false` where its turn had come already.
@@ -215,38 +281,52 @@ impl<W> Queue<W> {
 
     /// Refuses a waiter whose time is over. `None` where its turn had come already.
     pub fn expire(&mut self, ticket: Ticket, now: Instant) -> Option<Refusal> {
-        let place = self.flows[ticket.flow.0].place;
+        let blocker = self.held_up_by(ticket.flow);
         let waiter = self.remove(ticket, now)?;
-        let blocker = match place {
-            Place::Parked(limit) => limit,
-            // Between two pumps nobody is merely ready; whatever is tightest will do.
-            Place::Ready { .. } | Place::Empty => {
-                *self.flows[ticket.flow.0].path.first().expect("nobody waits where there is no limit")
-            }
-        };
-        let cause = self.limits[blocker.0].cause();
-        Some(self.refuse(ticket.flow, blocker, cause, waiter.max_wait, now))
+        let cause = self.limits[blocker?.0].cause();
+        Some(self.refuse(ticket.flow, blocker?, cause, waiter.cost, waiter.max_wait, now))
     }
 
-    /// Takes back what was granted. `unsent` says that the gateway never saw the request: its cells are given back too.
-    pub fn release(&mut self, grant: &Grant, unsent: bool, now: Instant) {
+    /// Takes back what was granted, and settles what it came to.
+    pub fn release(&mut self, grant: &Grant, used: Used, now: Instant) {
         let flow = &mut self.flows[grant.flow.0];
         flow.in_flight -= 1;
-        for id in &flow.path {
-            match &mut self.limits[id.0].measure {
+        let tenant = flow.tenant;
+        let charged = grant.cost.tokens();
+        let tokens = match used {
+            Used::Unsent | Used::Refused => 0,
+            Used::Tokens(tokens) => tokens,
+        };
+        self.reserved_tokens = self.reserved_tokens.saturating_sub(charged);
+        let correction = self.next_charge();
+        for id in self.path_of(grant) {
+            let limit = &mut self.limits[id.0];
+            match &mut limit.measure {
                 Measure::Concurrency(slots) => slots.give_back(now.saturating_duration_since(grant.at)),
-                Measure::Requests(bucket) if unsent => bucket.give_back(grant.at),
+                Measure::Requests(bucket) if used == Used::Unsent => bucket.give_back(1, grant.charge),
                 Measure::Requests(_) => continue,
+                Measure::Tokens(_) if charged == 0 => continue,
+                Measure::Tokens(bucket) if tokens < charged => bucket.give_back(charged - tokens, grant.charge),
+                Measure::Tokens(bucket) => bucket.owe(tokens - charged, correction, now),
             }
-            self.opened.push(*id);
+            self.opened.push(id);
         }
+        let share = match used {
+            Used::Unsent => 0,
+            // It has cost the others a request, if no tokens.
+            Used::Refused => grant.cost.prompt.max(LEAST_SHARE),
+            Used::Tokens(tokens) => tokens.max(LEAST_SHARE),
+        };
+        self.fair.correct(tenant, charged.max(LEAST_SHARE), share);
+        self.recount(tenant);
     }
 
-    /// Charges the buckets on the way once more, whether they have room or not.
+    /// Charges the request buckets on the way once more, whether they have room or not.
     pub fn charge_again(&mut self, grant: &Grant, now: Instant) {
-        for id in self.flows[grant.flow.0].path.clone() {
-            if let Measure::Requests(bucket) = &self.limits[id.0].measure {
-                bucket.take_as_debt(now);
+        let charge = self.next_charge();
+        for id in self.path_of(grant) {
+            if let Measure::Requests(bucket) = &mut self.limits[id.0].measure {
+                bucket.owe(1, charge, now);
                 self.set_timer(id, now);
             }
         }
@@ -257,10 +337,11 @@ impl<W> Queue<W> {
         self.closed = true;
         let mut all = Vec::new();
         for id in (0..self.flows.len()).map(FlowId) {
-            self.unplace(id, now);
-            all.extend(std::mem::take(&mut self.flows[id.0].waiters).into_values().map(|waiter| waiter.wake));
+            while let Some((rank, _)) = self.flows[id.0].waiters.first_key_value() {
+                let ticket = Ticket { flow: id, rank: *rank };
+                all.extend(self.remove(ticket, now).map(|waiter| waiter.wake));
+            }
         }
-        self.waiting = 0;
         all
     }
 
@@ -275,7 +356,7 @@ impl<W> Queue<W> {
             while let Some(limit) = self.opened.pop() {
                 self.unpark_first(limit, now);
             }
-            let Some((rank, id)) = self.ready.first().copied() else { return };
+            let Some((_, rank, id)) = self.ready.first().copied() else { return };
             self.look_at(id, rank, now, &mut granted);
         }
     }
@@ -285,30 +366,19 @@ impl<W> Queue<W> {
         self.timers.first().map(|(at, _)| *at)
     }
 
-    /// Every lane that somebody uses.
-    pub fn lanes(&self) -> Vec<LaneView> {
-        let lanes = self.of_lane.values().map(|id| &self.flows[id.0]);
-        lanes
-            .map(|flow| LaneView {
-                model: flow.lane.model,
-                in_flight: flow.in_flight,
-                waiting: flow.waiters.len() as u64,
-                slots: self.tightest_slots(flow),
-            })
-            .collect()
+    /// What requests under way are estimated to cost, until they are settled.
+    pub fn reserved_tokens(&self) -> u64 {
+        self.reserved_tokens
     }
 
-    /// The limits of the configuration: everyone's and the models'.
+    /// The limits of the configuration: everyone's, the models' and the clients'.
     pub fn limits(&self) -> impl Iterator<Item = &Limit> {
-        self.global.iter().chain(self.of_model.values().flatten()).map(|id| &self.limits[id.0])
+        let own = self.of_model.values().chain(self.of_client.values());
+        self.global.iter().chain(own.flatten()).map(|id| &self.limits[id.0])
     }
 
-    fn tightest_slots(&self, flow: &Flow<W>) -> Option<u32> {
-        let numbers = flow.path.iter().filter_map(|id| match &self.limits[id.0].measure {
-            Measure::Concurrency(slots) => Some(slots.limit()),
-            Measure::Requests(_) => None,
-        });
-        numbers.min()
+    fn add_limits(&mut self, scope: &Scope, mode: Mode, measures: Vec<Measure>) -> Vec<LimitId> {
+        measures.into_iter().map(|measure| self.add_limit(Limit::new(scope.clone(), measure, mode))).collect()
     }
 
     fn add_limit(&mut self, limit: Limit) -> LimitId {
@@ -320,113 +390,177 @@ impl<W> Queue<W> {
         LimitId(self.limits.len() - 1)
     }
 
-    fn flow_of(&mut self, lane: Lane, model_name: impl Fn() -> Arc<str>) -> FlowId {
-        if let Some(id) = self.of_lane.get(&lane) {
-            return *id;
-        }
-        if self.of_lane.len() >= MAX_LANES {
-            self.forget_idle_lanes();
-        }
-        let lane = self.lane_in_use(lane);
-        match self.of_lane.get(&lane) {
-            Some(id) => *id,
-            None => self.add_flow(lane, model_name),
-        }
+    fn is_full(&self) -> bool {
+        self.waiting >= self.rules.max_waiting
     }
 
-    /// The lane itself, or the one that its model's newcomers share while there are too many.
-    fn lane_in_use(&self, lane: Lane) -> Lane {
-        let full = self.of_lane.len() >= MAX_LANES && !self.of_lane.contains_key(&lane);
-        if full { Lane { credential: 0, ..lane } } else { lane }
+    fn next_charge(&mut self) -> ChargeNo {
+        self.charges += 1;
+        ChargeNo(self.charges)
     }
 
-    fn add_flow(&mut self, lane: Lane, model_name: impl Fn() -> Arc<str>) -> FlowId {
-        let slots = self.rules.lane_slots.map(|slots| Measure::Concurrency(super::slots::Slots::new(slots)));
-        let own_slots = slots.map(|slots| self.add_limit(Limit::new(Scope::Model(model_name()), slots)));
-        let of_model = self.of_model.get(&lane.model).into_iter().flatten();
-        let path = self.global.iter().chain(of_model).copied().chain(own_slots).collect();
-        let flow = Flow { lane, path, own_slots, waiters: BTreeMap::new(), place: Place::Empty, in_flight: 0 };
-        let id = match self.free_flows.pop() {
-            Some(id) => {
-                self.flows[id.0] = flow;
-                id
-            }
-            None => {
-                self.flows.push(flow);
-                FlowId(self.flows.len() - 1)
-            }
-        };
-        self.of_lane.insert(lane, id);
-        id
+    fn need(&self, flow: FlowId, cost: Cost) -> Need {
+        Need { flow, model: self.flows[flow.0].model, tokens: cost.tokens() }
     }
 
-    fn forget_idle_lanes(&mut self) {
-        let flows = &self.flows;
-        let idle = |id: &FlowId| flows[id.0].in_flight == 0 && flows[id.0].waiters.is_empty();
-        let forgotten: Vec<FlowId> = self.of_lane.extract_if(|_, id| idle(id)).map(|(_, id)| id).collect();
-        for id in forgotten {
-            self.free_limits.extend(self.flows[id.0].own_slots.take());
-            self.free_flows.push(id);
-        }
+    /// What a flow's first waiter needs.
+    fn need_of(&self, flow: FlowId) -> Option<Need> {
+        let (_, waiter) = self.flows[flow.0].waiters.first_key_value()?;
+        Some(self.need(flow, waiter.cost))
+    }
+
+    /// A tenant that is idle begins where those are whom it is about to compete with.
+    fn begin(&mut self, id: FlowId) {
+        let flow = &self.flows[id.0];
+        let firsts = flow.path.iter().filter_map(|limit| Some(self.limits[limit.0].line.first()?.counter));
+        let others = firsts.min();
+        self.fair.begin(flow.tenant, others);
     }
 
     /// The first limit on the way that holds up a waiter of this rank: one without room, or where an earlier one waits.
-    fn blocker(&self, id: FlowId, rank: Rank, now: Instant) -> Option<LimitId> {
-        let holds_up =
-            |limit: &Limit| !limit.has_room(now) || limit.parked.first().is_some_and(|(first, _)| *first < rank);
-        self.flows[id.0].path.iter().copied().find(|limit| holds_up(&self.limits[limit.0]))
+    fn blocker(&self, need: Need, rank: Rank, now: Instant) -> Option<LimitId> {
+        let flow = &self.flows[need.flow.0];
+        let counter = self.fair.share(flow.tenant).counter;
+        let precedes = |head: Head| match head.tenant == flow.tenant {
+            true => head.rank < rank,
+            false => (head.counter, head.rank) < (counter, rank),
+        };
+        let holds_up = |limit: &Limit| {
+            // Who has saved long enough has its turn.
+            let saved = limit.saver.is_some_and(|saver| saver.need.flow == need.flow);
+            let has_turn = || saved || !limit.line.first().is_some_and(precedes);
+            limit.concerns(need.tokens) && !(limit.has_room(need, now) && has_turn())
+        };
+        flow.path.iter().copied().find(|limit| holds_up(&self.limits[limit.0]))
     }
 
-    fn grant(&mut self, id: FlowId, waiting_since: Instant, now: Instant) -> Grant {
+    fn grant(&mut self, id: FlowId, cost: Cost, max_wait: Duration, waiting_since: Instant, now: Instant) -> Grant {
+        let charge = self.next_charge();
+        let tokens = cost.tokens();
         let flow = &mut self.flows[id.0];
         flow.in_flight += 1;
         for limit in &flow.path {
-            self.limits[limit.0].take(waiting_since, now);
+            let limit = &mut self.limits[limit.0];
+            if limit.concerns(tokens) {
+                limit.take(tokens, charge, waiting_since, now);
+                limit.note_turn(flow.tenant, tokens);
+            }
         }
-        Grant { flow: id, at: now }
+        let mut grant = Grant { flow: id, at: now, charge, cost, observed: 0, would_refuse: Vec::new() };
+        for (place, limit) in flow.observed.iter().enumerate() {
+            let limit = &mut self.limits[limit.0];
+            if limit.concerns(tokens) && limit.observe(tokens, charge, max_wait, now) {
+                grant.observed |= 1 << place;
+            } else if limit.concerns(tokens) && !grant.would_refuse.contains(&limit.cause()) {
+                grant.would_refuse.push(limit.cause());
+            }
+        }
+        self.reserved_tokens = self.reserved_tokens.saturating_add(tokens);
+        let tenant = flow.tenant;
+        self.fair.charge(tenant, tokens.max(LEAST_SHARE));
+        self.recount(tenant);
+        while let Some(laggard) = self.fair.set_forward() {
+            self.recount(laggard);
+        }
+        grant
+    }
+
+    /// The limits that have counted what was granted.
+    fn path_of(&self, grant: &Grant) -> Vec<LimitId> {
+        let flow = &self.flows[grant.flow.0];
+        let observed = flow.observed.iter().enumerate();
+        let counted = observed.filter(|(place, _)| grant.observed & (1 << place) != 0).map(|(_, limit)| limit);
+        flow.path.iter().chain(counted).copied().collect()
+    }
+
+    /// A tenant's counter has changed: its places in line change with it.
+    fn recount(&mut self, tenant: TenantId) {
+        let share = self.fair.share(tenant);
+        for id in &share.held_up_at {
+            if self.limits[id.0].line.recount(tenant, share.counter) {
+                self.opened.push(*id);
+            }
+        }
     }
 
     /// Lets the first of a ready flow through, or parks the flow at what holds it up.
     fn look_at(&mut self, id: FlowId, rank: Rank, now: Instant, granted: &mut impl FnMut(W, Grant)) {
-        let Place::Ready { from } = self.unplace(id, now) else { unreachable!("only ready flows are looked at") };
-        if let Some(limit) = self.blocker(id, rank, now) {
-            self.park(id, rank, limit, now);
+        let Place::Ready { from, .. } = self.unplace(id, now) else { unreachable!("only ready flows are looked at") };
+        let need = self.need_of(id).expect("a ready flow has a first waiter");
+        let blocker = self.blocker(need, rank, now);
+        if let Some(from) = from {
+            self.end_saving(id, from);
+        }
+        if let Some(limit) = blocker {
+            self.park(need, rank, limit, now);
             // The room it was offered is left to the next in line there.
             self.opened.extend(from.filter(|from| *from != limit));
             return;
         }
-        let (_, waiter) = self.flows[id.0].waiters.pop_first().expect("a ready flow has a first waiter");
-        self.waiting -= 1;
-        let grant = self.grant(id, waiter.since, now);
+        let waiter = self.take_first(id).expect("a ready flow has a first waiter");
+        let grant = self.grant(id, waiter.cost, waiter.max_wait, waiter.since, now);
         self.make_ready(id, None);
         self.opened.extend(from);
         granted(waiter.wake, grant);
     }
 
     fn make_ready(&mut self, id: FlowId, from: Option<LimitId>) {
-        let Some((rank, _)) = self.flows[id.0].waiters.first_key_value() else { return };
-        self.ready.insert((*rank, id));
-        self.flows[id.0].place = Place::Ready { from };
+        let flow = &mut self.flows[id.0];
+        let Some((rank, _)) = flow.waiters.first_key_value() else { return };
+        let counter = self.fair.share(flow.tenant).counter;
+        self.ready.insert((counter, *rank, id));
+        flow.place = Place::Ready { from, counter };
     }
 
-    fn park(&mut self, id: FlowId, rank: Rank, at: LimitId, now: Instant) {
+    fn park(&mut self, need: Need, rank: Rank, at: LimitId, now: Instant) {
+        let flow = &mut self.flows[need.flow.0];
+        flow.place = Place::Parked(at);
+        let load = flow.load;
+        let head = self.head(need.flow, rank);
+        let share = self.fair.share_mut(head.tenant);
         let limit = &mut self.limits[at.0];
-        limit.parked.insert((rank, id));
-        limit.waiting += self.flows[id.0].waiters.len() as u64;
-        self.flows[id.0].place = Place::Parked(at);
+        if limit.line.insert(head, load, u64::from(share.weight.thousandths())) {
+            share.held_up_at.push(at);
+            limit.begins_to_wait(head.tenant);
+        }
+        match limit.saver {
+            Some(saver) if saver.need.model == need.model => limit.line.set_aside(head),
+            // It may have to save, and nobody is to stand behind it until then.
+            _ if limit.is_oversize(need.tokens) => self.opened.push(at),
+            _ => {}
+        }
         self.set_timer(at, now);
     }
 
     /// Makes the first of those parked here ready, if there is room for it. One at a time: it may take the last room.
+    ///
+    /// One that needs more than a bucket ever holds is set aside until the bucket is full, and its model's others with it:
+    /// what is left of the refill goes to the other models.
     fn unpark_first(&mut self, at: LimitId, now: Instant) {
-        let limit = &self.limits[at.0];
-        let Some((_, id)) = limit.parked.first().copied() else { return };
-        if limit.has_room(now) {
-            self.unplace(id, now);
-            self.make_ready(id, Some(at));
-        } else {
-            self.set_timer(at, now);
+        loop {
+            let limit = &self.limits[at.0];
+            if let Some(saver) = limit.saver.filter(|saver| limit.has_room(saver.need, now)) {
+                return self.offer_room(saver.need.flow, at, now);
+            }
+            let Some(head) = limit.line.first() else { break };
+            let need = self.need_of(head.flow).expect("who stands in line waits");
+            let limit = &mut self.limits[at.0];
+            if limit.has_room(need, now) {
+                return self.offer_room(head.flow, at, now);
+            }
+            match limit.saver {
+                Some(saver) if saver.need.model == need.model => {}
+                None if limit.is_oversize(need.tokens) => limit.begin_saving(need, now),
+                _ => break,
+            }
+            limit.line.set_aside(head);
         }
+        self.set_timer(at, now);
+    }
+
+    fn offer_room(&mut self, id: FlowId, at: LimitId, now: Instant) {
+        self.unplace(id, now);
+        self.make_ready(id, Some(at));
     }
 
     /// Takes a flow out of where it stands, and says where that was.
@@ -434,52 +568,100 @@ impl<W> Queue<W> {
         let flow = &mut self.flows[id.0];
         let place = std::mem::replace(&mut flow.place, Place::Empty);
         let Some((rank, _)) = flow.waiters.first_key_value() else { return place };
+        let (rank, load) = (*rank, flow.load);
         match place {
             Place::Empty => {}
-            Place::Ready { .. } => {
-                self.ready.remove(&(*rank, id));
+            Place::Ready { counter, .. } => {
+                self.ready.remove(&(counter, rank, id));
             }
             Place::Parked(at) => {
-                let limit = &mut self.limits[at.0];
-                limit.parked.remove(&(*rank, id));
-                limit.waiting -= flow.waiters.len() as u64;
+                let head = self.head(id, rank);
+                if self.limits[at.0].line.remove(head, load) {
+                    self.fair.share_mut(head.tenant).held_up_at.retain(|limit| *limit != at);
+                }
                 self.set_timer(at, now);
             }
         }
         place
     }
 
+    /// If this flow was saving, those who were set aside for it stand in line again.
+    fn end_saving(&mut self, id: FlowId, at: LimitId) {
+        let limit = &mut self.limits[at.0];
+        if limit.saver.is_some_and(|saver| saver.need.flow == id) {
+            limit.saver = None;
+            limit.line.bring_back(|tenant| self.fair.share(tenant).counter);
+            self.opened.push(at);
+        }
+    }
+
     /// As [`Queue::unplace`], for a flow whose first waiter changes: whoever stands behind it there is looked at next.
     fn leave_place(&mut self, id: FlowId, now: Instant) {
         match self.unplace(id, now) {
             Place::Empty => {}
-            Place::Ready { from } => self.opened.extend(from),
-            Place::Parked(at) => self.opened.push(at),
+            Place::Ready { from, .. } => self.opened.extend(from),
+            Place::Parked(at) => {
+                self.end_saving(id, at);
+                self.opened.push(at);
+            }
         }
     }
 
     fn remove(&mut self, ticket: Ticket, now: Instant) -> Option<Waiter<W>> {
-        let flow = &self.flows[ticket.flow.0];
-        let (head, _) = flow.waiters.first_key_value()?;
-        if *head == ticket.rank {
-            self.leave_place(ticket.flow, now);
-            let waiter = self.flows[ticket.flow.0].waiters.remove(&ticket.rank);
-            self.make_ready(ticket.flow, None);
-            self.waiting -= 1;
+        let Ticket { flow: id, rank } = ticket;
+        let (head, _) = self.flows[id.0].waiters.first_key_value()?;
+        if *head == rank {
+            self.leave_place(id, now);
+            let waiter = self.take_first(id);
+            self.make_ready(id, None);
             return waiter;
         }
-        let place = flow.place;
-        let waiter = self.flows[ticket.flow.0].waiters.remove(&ticket.rank)?;
-        if let Place::Parked(limit) = place {
-            self.limits[limit.0].waiting -= 1;
+        let waiter = self.take_out(id, rank)?;
+        let flow = &self.flows[id.0];
+        if let Place::Parked(limit) = flow.place {
+            self.limits[limit.0].line.shrink(flow.tenant, Load::one(waiter.cost.tokens()));
         }
+        Some(waiter)
+    }
+
+    fn take_first(&mut self, id: FlowId) -> Option<Waiter<W>> {
+        let (rank, _) = self.flows[id.0].waiters.first_key_value()?;
+        self.take_out(id, *rank)
+    }
+
+    /// Takes a waiter out of its flow, and out of all sums but a line's.
+    fn take_out(&mut self, id: FlowId, rank: Rank) -> Option<Waiter<W>> {
+        let flow = &mut self.flows[id.0];
+        let waiter = flow.waiters.remove(&rank)?;
+        flow.load = flow.load.minus(Load::one(waiter.cost.tokens()));
+        if flow.waiters.is_empty() {
+            self.fair.share_mut(flow.tenant).backlog.remove(&id);
+        }
+        self.fair.leaves(flow.tenant);
         self.waiting -= 1;
         Some(waiter)
     }
 
+    fn head(&self, flow: FlowId, rank: Rank) -> Head {
+        let tenant = self.flows[flow.0].tenant;
+        Head { tenant, counter: self.fair.share(tenant).counter, rank, flow }
+    }
+
+    /// What holds a flow up; between two pumps nobody is merely ready, and whatever is on the way will do.
+    fn held_up_by(&self, id: FlowId) -> Option<LimitId> {
+        match self.flows[id.0].place {
+            Place::Parked(limit) => Some(limit),
+            Place::Ready { .. } | Place::Empty => self.flows[id.0].path.first().copied(),
+        }
+    }
+
     fn set_timer(&mut self, id: LimitId, now: Instant) {
+        let limit = &self.limits[id.0];
+        let wanted = match limit.line.first() {
+            Some(head) => limit.next_look(self.need_of(head.flow), now),
+            None => limit.next_look(None, now),
+        };
         let limit = &mut self.limits[id.0];
-        let wanted = limit.next_look(now);
         if limit.timer == wanted {
             return;
         }
@@ -489,59 +671,34 @@ impl<W> Queue<W> {
         self.timers.extend(wanted.map(|at| (at, id)));
     }
 
-    /// The limit on the way that a newcomer to this flow passes last, if even that is after `until` when all goes as well
-    /// as it can.
-    fn too_late(&self, id: FlowId, until: Instant, now: Instant) -> Option<LimitId> {
-        let at_best = |limit: LimitId, ahead: u64| self.limits[limit.0].earliest_at(1 + ahead, now);
-        let late = self.flows[id.0].path.iter().copied().filter(|limit| {
-            at_best(*limit, self.ahead(*limit, id)) > until
-                && at_best(*limit, self.surely_ahead(*limit, id, until, now)) > until
-        });
-        late.max_by_key(|limit| at_best(*limit, self.ahead(*limit, id)))
-    }
-
-    /// How many wait for this limit before a newcomer to the flow.
-    fn ahead(&self, limit: LimitId, id: FlowId) -> u64 {
-        let flow = &self.flows[id.0];
-        let own = if flow.place == Place::Parked(limit) { 0 } else { flow.waiters.len() as u64 };
-        self.limits[limit.0].waiting + own
-    }
-
-    /// As [`Queue::ahead`], but of another flow only so many as its other buckets let through by `until`.
-    fn surely_ahead(&self, limit: LimitId, id: FlowId, until: Instant, now: Instant) -> u64 {
-        let others = self.limits[limit.0].parked.iter().filter(|(_, other)| *other != id);
-        let passing = others.map(|(_, other)| {
-            let flow = &self.flows[other.0];
-            let elsewhere = flow.path.iter().filter(|other| **other != limit);
-            let most = elsewhere.filter_map(|other| match &self.limits[other.0].measure {
-                Measure::Requests(bucket) => Some(bucket.count_by(until, now)),
-                Measure::Concurrency(_) => None,
-            });
-            most.min().unwrap_or(u64::MAX).min(flow.waiters.len() as u64)
-        });
-        passing.sum::<u64>() + self.flows[id.0].waiters.len() as u64
-    }
-
-    fn refuse(&mut self, id: FlowId, by: LimitId, cause: Cause, allowed: Duration, now: Instant) -> Refusal {
-        let ahead = self.ahead(by, id);
-        let limit = &mut self.limits[by.0];
-        let wait = limit.expected_at(1 + ahead, now) - now;
-        let mut earliest = now + wait.saturating_sub(allowed).max(Duration::from_millis(1));
-        if cause == Cause::QueueFull {
-            // There is a place in the queue when the first in line has left it.
-            earliest = earliest.max(limit.expected_at(1, now));
+    /// Another tenant's waiter to give up its place in a full queue: the last of the one that fills it most, if this flow's
+    /// tenant would still have less of it than that one. A retry is nobody's to displace: it was let through before.
+    fn whom_to_displace(&self, id: FlowId) -> Option<Ticket> {
+        let share = |tenant: TenantId, waiting: u64| Virtual::of(waiting, self.fair.share(tenant).weight);
+        let (own, other) = (self.flows[id.0].tenant, self.fair.heaviest()?);
+        let (own_waiting, others_waiting) = (self.fair.share(own).waiting, self.fair.share(other).waiting);
+        if own == other || share(own, own_waiting + 1) > share(other, others_waiting - 1) {
+            return None;
         }
-        let back = limit.promise(earliest);
-        Refusal {
-            cause,
-            scope: Some(limit.scope.clone()),
-            limit: limit.to_string(),
-            wait,
-            allowed,
-            retry_after: back - now,
-        }
+        let last = |flow: &FlowId| {
+            let (rank, waiter) = self.flows[flow.0].waiters.last_key_value()?;
+            (!waiter.again).then_some(Ticket { flow: *flow, rank: *rank })
+        };
+        self.fair.share(other).backlog.iter().filter_map(last).max_by_key(|ticket| ticket.rank)
+    }
+
+    fn displace(&mut self, id: FlowId, now: Instant) -> Option<(W, Refusal)> {
+        let ticket = self.whom_to_displace(id)?;
+        let blocker = self.held_up_by(ticket.flow)?;
+        let waiter = self.remove(ticket, now)?;
+        let refusal = self.refuse(ticket.flow, blocker, Cause::QueueFull, waiter.cost, waiter.max_wait, now);
+        Some((waiter.wake, refusal))
     }
 }
 
 #[cfg(test)]
+mod fair_tests;
+#[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod token_tests;

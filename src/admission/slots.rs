@@ -38,6 +38,11 @@ impl Slots {
         self.in_use
     }
 
+    /// How many more are taken than there are: with a limit that is only observed.
+    pub fn beyond(&self) -> u64 {
+        u64::from(self.in_use.saturating_sub(self.limit))
+    }
+
     /// Whether one can be taken.
     pub fn has_room(&self) -> bool {
         self.in_use < self.limit

@@ -6,16 +6,16 @@ use http::{StatusCode, response};
 use tokio::time::Instant;
 
 use super::Proxy;
-use super::body;
-use super::call::{Call, CallBody};
+use super::call::{AsksUsage, Call, CallBody};
+use super::{body, usage_option};
 use crate::admission::Permit;
 use crate::error::{self, Cause, Failure};
 use crate::ledger::Ledger;
 use crate::metrics::AttemptResult;
 use crate::openai::{envelope, headers};
-use crate::relay::{self, FirstEvent, Opening, Patience, WholeError};
+use crate::relay::{self, FirstEvent, Opening, Patience, Source, WholeError};
 use crate::retry::{self, Ending};
-use crate::upstream::{AnswerBody, Exchange, SendError};
+use crate::upstream::{Exchange, SendError};
 
 /// How long a stream's head is held back for its first event.
 const MAX_HEAD_HOLD: Duration = Duration::from_secs(2);
@@ -25,15 +25,16 @@ pub(super) struct Tried {
     pub(super) ending: Ending,
     pub(super) result: AttemptResult,
     pub(super) outcome: Result<Answer, Failure>,
+    /// The gateway refused it, and that may be because weir asked for the stream's usage.
+    pub(super) option_refused: bool,
 }
 
 /// An answer of the gateway's, before it goes to the client.
 pub(super) struct Answer {
     pub(super) head: response::Parts,
-    pub(super) opening: Opening,
-    pub(super) rest: Option<AnswerBody>,
-    pub(super) permit: Option<Permit>,
-    pub(super) patience: Patience,
+    pub(super) source: Source,
+    /// weir has asked for the stream's usage, and the client has not.
+    pub(super) hides_usage: bool,
 }
 
 /// When an attempt has taken too long, and by which timeout.
@@ -58,7 +59,7 @@ impl Proxy {
         if exchange.head.status == StatusCode::SWITCHING_PROTOCOLS {
             let failure =
                 Failure::new(Cause::InvalidResponse, "the gateway switched protocols, which nobody asked it to");
-            return Tried { ending: Ending::Broken, result: AttemptResult::Reset, outcome: Err(failure) };
+            return Tried::failed(Ending::Broken, AttemptResult::Reset, failure);
         }
         self.open(exchange, call, permit, limit).await
     }
@@ -70,7 +71,7 @@ impl Proxy {
     /// counts as an attempt, and against the quota.
     async fn exchange(&self, call: &mut Call, permit: &mut Permit, ledger: &mut Ledger) -> Result<Exchange, SendError> {
         let repeatable = call.is_repeatable();
-        let (mut payload, mut fresh) = (call.body.payload(), false);
+        let (mut payload, mut fresh) = (call.payload(), false);
         loop {
             let connection = self.upstream.connection(repeatable, fresh).await?;
             let reused = connection.reused;
@@ -87,7 +88,7 @@ impl Proxy {
                 Err(SendError::Stale(_)) if repeatable && call.body.is_whole() => {
                     ledger.attempt_ends(AttemptResult::Reset);
                     ledger.attempt_begins();
-                    (payload, fresh) = (call.body.payload(), true);
+                    (payload, fresh) = (call.payload(), true);
                 }
                 ended => return ended,
             }
@@ -111,20 +112,26 @@ impl Proxy {
         match &call.body {
             CallBody::Upload(_, watch) if watch.is_waiting() => {
                 let fault = body::too_slow(self.shared.config.server.body_timeout);
-                Tried { ending: Ending::Broken, result: AttemptResult::Cancelled, outcome: Err(fault) }
+                Tried::failed(Ending::Broken, AttemptResult::Cancelled, fault)
             }
             _ => limit.exceeded(),
         }
     }
 
     /// Reads as much of an answer as it takes to judge it: an error's body, a stream's first event.
-    async fn open(&self, exchange: Exchange, call: &Call, permit: Permit, limit: Limit) -> Tried {
+    async fn open(&self, exchange: Exchange, call: &Call, mut permit: Permit, limit: Limit) -> Tried {
         let Exchange { head, body } = exchange;
+        if !head.status.is_success() {
+            permit.refused();
+        }
         let patience = Patience {
             idle: self.shared.config.timeouts.idle,
             first_event: (call.stream && relay::is_event_stream(&head)).then_some((limit.at, limit.cause)),
         };
-        let mut answer = Answer { head, opening: Opening::default(), rest: Some(body), permit: Some(permit), patience };
+        let asked_for_client = matches!(call.usage, AsksUsage::ForClient(_));
+        let hides_usage = asked_for_client && head.status.is_success() && relay::is_event_stream(&head);
+        let source = Source { opening: Opening::default(), rest: Some(body), permit: Some(permit), patience };
+        let mut answer = Answer { head, source, hides_usage };
         let until = limit.at.min(Instant::now() + MAX_HEAD_HOLD);
         let status = answer.head.status;
         let result = retry::result_of(status);
@@ -133,33 +140,45 @@ impl Proxy {
             return answer.hold_first_event(until, limit).await;
         }
         let mut hopeless = !can_be_repeated;
-        if can_be_repeated && retry::is_worth_holding(status, headers::should_retry(&answer.head.headers)) {
+        let mut option_refused = false;
+        let about_the_option = asked_for_client && usage_option::could_be_about_it(status);
+        let worth_holding = retry::is_worth_holding(status, headers::should_retry(&answer.head.headers));
+        if can_be_repeated && (worth_holding || about_the_option) {
             match answer.hold_error(until).await {
-                WholeError::Whole(body) => hopeless = envelope::is_hopeless(&body),
+                WholeError::Whole(body) => {
+                    hopeless = envelope::is_hopeless(&body);
+                    option_refused =
+                        about_the_option && self.shared.usage_option.may_be_to_blame(call.model, status, &body);
+                }
                 WholeError::TooLong => hopeless = true,
                 WholeError::Broken(error) => {
                     let failure =
                         Failure::new(Cause::Disconnected, format!("the gateway broke its error {status} off: {error}"));
-                    let ending = answer.ending(false);
-                    return Tried { ending, result, outcome: Err(failure) };
+                    return Tried::failed(answer.ending(false), result, failure);
                 }
             }
         }
-        Tried { ending: answer.ending(hopeless), result, outcome: Ok(answer) }
+        Tried { ending: answer.ending(hopeless), result, outcome: Ok(answer), option_refused }
+    }
+}
+
+impl Tried {
+    fn failed(ending: Ending, result: AttemptResult, failure: Failure) -> Self {
+        Self { ending, result, outcome: Err(failure), option_refused: false }
     }
 }
 
 impl Limit {
     fn exceeded(self) -> Tried {
         let failure = Failure::new(self.cause, format!("the gateway did not answer in time (timeouts.{})", self.name));
-        Tried { ending: Ending::TimedOut, result: AttemptResult::Timeout, outcome: Err(failure) }
+        Tried::failed(Ending::TimedOut, AttemptResult::Timeout, failure)
     }
 }
 
 impl Answer {
     /// Keeps the answer, and gives the slot back.
     pub(super) fn without_permit(self) -> Self {
-        Self { rest: None, permit: None, ..self }
+        Self { source: Source { rest: None, permit: None, ..self.source }, ..self }
     }
 
     fn ending(&self, hopeless: bool) -> Ending {
@@ -172,34 +191,42 @@ impl Answer {
 
     /// Reads an error's body, so that the answer can be kept without its connection.
     async fn hold_error(&mut self, until: Instant) -> WholeError {
-        let Some(rest) = &mut self.rest else { return WholeError::TooLong };
-        let held = self.opening.whole_error(rest, until).await;
+        let Source { opening, rest, permit, .. } = &mut self.source;
+        let Some(body) = rest else { return WholeError::TooLong };
+        let held = opening.whole_error(body, until).await;
         if matches!(held, WholeError::Whole(_)) {
-            (self.rest, self.permit) = (None, None);
+            (*rest, *permit) = (None, None);
         }
         held
     }
 
     /// Holds a stream back until its first event, which may be an error, or until it has taken too long to be held.
     async fn hold_first_event(mut self, until: Instant, limit: Limit) -> Tried {
-        let first = match &mut self.rest {
-            Some(rest) => self.opening.first_event(rest, until).await,
+        let Source { opening, rest, .. } = &mut self.source;
+        let first = match rest {
+            Some(rest) => opening.first_event(rest, until).await,
             None => FirstEvent::Unknown,
         };
         match first {
             FirstEvent::Late if until == limit.at => limit.exceeded(),
-            FirstEvent::Output | FirstEvent::Unknown | FirstEvent::Late => {
-                Tried { ending: self.ending(false), result: AttemptResult::Ok, outcome: Ok(self) }
-            }
+            FirstEvent::Output | FirstEvent::Unknown | FirstEvent::Late => Tried {
+                ending: self.ending(false),
+                result: AttemptResult::Ok,
+                outcome: Ok(self),
+                option_refused: false,
+            },
             FirstEvent::Error => {
-                Tried { ending: Ending::ErrorEvent, result: AttemptResult::StreamError, outcome: Ok(self) }
+                // As good as an error for a head.
+                self.source.permit.iter_mut().for_each(Permit::refused);
+                let (ending, result) = (Ending::ErrorEvent, AttemptResult::StreamError);
+                Tried { ending, result, outcome: Ok(self), option_refused: false }
             }
             FirstEvent::Broken(error) => {
                 let failure = Failure::new(
                     Cause::Disconnected,
                     format!("the gateway broke its stream off before the first event: {error}"),
                 );
-                Tried { ending: Ending::Broken, result: AttemptResult::Reset, outcome: Err(failure) }
+                Tried::failed(Ending::Broken, AttemptResult::Reset, failure)
             }
         }
     }
@@ -210,7 +237,7 @@ fn unanswered(error: &SendError, call: &Call) -> Tried {
     if let CallBody::Upload(_, watch) = &call.body
         && let Some(fault) = watch.fault()
     {
-        return Tried { ending: Ending::Broken, result: AttemptResult::Cancelled, outcome: Err(fault.clone()) };
+        return Tried::failed(Ending::Broken, AttemptResult::Cancelled, fault.clone());
     }
     let (ending, result, cause) = match error {
         SendError::Connect(_) => (Ending::ConnectFailed, AttemptResult::ConnectError, Cause::Unreachable),
@@ -219,7 +246,7 @@ fn unanswered(error: &SendError, call: &Call) -> Tried {
         SendError::Unsent(_) => (Ending::ConnectFailed, AttemptResult::ConnectError, Cause::Unreachable),
         SendError::Stale(_) | SendError::Broken(_) => (Ending::Broken, AttemptResult::Reset, Cause::Disconnected),
     };
-    Tried { ending, result, outcome: Err(Failure::new(cause, format!("no answer from the gateway: {error}"))) }
+    Tried::failed(ending, result, Failure::new(cause, format!("no answer from the gateway: {error}")))
 }
 
 /// weir has tried often enough: the SDK that gets this must not begin anew.

@@ -8,17 +8,18 @@ use http::{Method, request};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
-use super::Proxy;
 use super::body::{self, Read, ReadLimits, Upload, UploadWatch};
 use super::fields;
 use super::route::Route;
-use crate::admission::{Applicant, HeldBytes, Lane};
+use super::{Proxy, Shared};
+use crate::admission::{Applicant, HeldBytes, Lane, Size};
 use crate::clients::Caller;
 use crate::error::{Cause, Failure};
 use crate::ledger::Ledger;
 use crate::models::ModelId;
 use crate::openai::call::{self, Endpoint};
 use crate::openai::headers;
+use crate::openai::stream_options::{self, Splice};
 use crate::upstream::{Outgoing, Payload, Streamed, target};
 
 /// An opaque call's body up to this is read before it is sent, and can be sent again; a longer one streams through.
@@ -36,6 +37,10 @@ pub(super) struct Call {
     /// As the client wrote it.
     pub(super) model_name: Option<String>,
     pub(super) stream: bool,
+    /// What its cost is estimated from; `None` for a call that costs no tokens.
+    size: Option<Size>,
+    /// Who asks for its stream's usage.
+    pub(super) usage: AsksUsage,
     /// Whose request it is.
     pub(super) caller: Caller,
     /// Retries that the client's SDK has made already.
@@ -44,6 +49,16 @@ pub(super) struct Call {
     pub(super) patience: Option<Duration>,
     /// The memory that the body takes.
     _held: HeldBytes,
+}
+
+/// Who asks for a stream's usage.
+pub(super) enum AsksUsage {
+    /// The body goes out as the client wrote it.
+    AsWritten,
+    /// weir does in its place, with this splice, and keeps the answer to itself.
+    ForClient(Splice),
+    /// weir did, and the gateway refused it; now the body goes out as the client wrote it.
+    InVain,
 }
 
 pub(super) enum CallBody {
@@ -79,8 +94,29 @@ impl Proxy {
         let key = config.upstream.api_key.as_ref();
         fields::to_upstream(&mut head, &self.shared.host, &self.shared.via, key, endpoint.is_some());
         let outgoing = Outgoing { method: head.method, uri: target, headers: head.headers };
+        let size = endpoint.map(|endpoint| size_of(endpoint, &peek));
+        let may_be_asked = || self.shared.usage_option.may_be_asked(model, Instant::now());
+        let usage = match (endpoint, peek.usage) {
+            (Some(Endpoint::ChatCompletions), stream_options::AsksUsage::Unsaid(splice)) if may_be_asked() => {
+                AsksUsage::ForClient(splice)
+            }
+            _ => AsksUsage::AsWritten,
+        };
         let (model_name, stream) = (peek.model, peek.stream);
-        Ok(Call { outgoing, body, endpoint, model, model_name, stream, caller, by_client, patience, _held: held })
+        Ok(Call {
+            outgoing,
+            body,
+            endpoint,
+            model,
+            model_name,
+            stream,
+            size,
+            usage,
+            caller,
+            by_client,
+            patience,
+            _held: held,
+        })
     }
 
     /// Reads the body into memory, as far as that is wanted: all of a metered call's, the beginning of another's.
@@ -123,8 +159,15 @@ impl Proxy {
 
     /// How it applies for a permit, at each of its attempts.
     pub(super) fn applicant(&self, call: &Call, arrived: Instant) -> Applicant {
-        let config = &self.shared.config;
-        let mut max_wait = config.queue.max_wait.min(call.patience.unwrap_or(Duration::MAX));
+        let Shared { config, gate, clients, .. } = &*self.shared;
+        let Caller { client, tenant, credential, .. } = call.caller;
+        let (cost, first_byte) = match call.size {
+            Some(size) => gate.estimate(call.model, size, call.stream),
+            None => Default::default(),
+        };
+        // A client that waits for an answer waits for the gateway too.
+        let patience = call.patience.map_or(Duration::MAX, |patience| patience.saturating_sub(first_byte));
+        let mut max_wait = clients.max_wait(client).unwrap_or(config.queue.max_wait).min(patience);
         let mut until = arrived + max_wait.min(config.timeouts.deadline);
         if !call.body.is_whole() {
             max_wait = max_wait.min(MAX_UPLOAD_WAIT);
@@ -132,8 +175,12 @@ impl Proxy {
             until = until.min(Instant::now() + max_wait);
         }
         Applicant {
-            lane: Lane { credential: call.caller.credential, model: call.model },
-            rank: self.shared.gate.next_rank(),
+            tenant,
+            weight: clients.weight(client),
+            lane: Lane { credential, model: call.model },
+            rank: gate.next_rank(),
+            size: call.size,
+            cost,
             max_wait,
             until,
         }
@@ -141,6 +188,17 @@ impl Proxy {
 }
 
 impl Call {
+    /// What an attempt sends.
+    pub(super) fn payload(&mut self) -> Payload {
+        match (&mut self.body, &self.usage) {
+            (CallBody::Whole(bytes), AsksUsage::ForClient(splice)) => Payload::Whole(splice.apply(bytes)),
+            (CallBody::Whole(bytes), _) => Payload::Whole(bytes.clone()),
+            (CallBody::Upload(upload, _), _) => {
+                Payload::Streamed(upload.take().expect("a body that streams through is sent once"))
+            }
+        }
+    }
+
     /// Whether sending it twice does no harm: a metered call only costs more, an idempotent method is meant for it.
     pub(super) fn is_repeatable(&self) -> bool {
         self.endpoint.is_some() || self.outgoing.method.is_idempotent()
@@ -148,22 +206,18 @@ impl Call {
 }
 
 impl CallBody {
-    /// What an attempt sends.
-    pub(super) fn payload(&mut self) -> Payload {
-        match self {
-            Self::Whole(bytes) => Payload::Whole(bytes.clone()),
-            Self::Upload(upload, _) => {
-                Payload::Streamed(upload.take().expect("a body that streams through is sent once"))
-            }
-        }
-    }
-
     pub(super) fn is_whole(&self) -> bool {
         matches!(self, Self::Whole(_))
     }
 }
 
 /// The path is not one that weir serves: most likely the client's base URL is wrong.
+/// What its cost is estimated from. An embedding has no output.
+fn size_of(endpoint: Endpoint, peek: &call::Peek) -> Size {
+    let max_output = if endpoint == Endpoint::Embeddings { Some(0) } else { peek.max_tokens };
+    Size { prompt: peek.prompt, max_output, choices: peek.choices }
+}
+
 pub(super) fn unknown_path(head: &request::Parts) -> Failure {
     let host = head.headers.get(http::header::HOST).and_then(|host| host.to_str().ok());
     let host = host.or(head.uri.authority().map(http::uri::Authority::as_str)).unwrap_or("HOST:PORT");

@@ -10,6 +10,7 @@ mod body;
 mod call;
 mod fields;
 mod route;
+mod usage_option;
 
 use std::net::IpAddr;
 use std::pin::Pin;
@@ -19,16 +20,16 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::header::HeaderMap;
+use http::header::{self, HeaderMap};
 use http::{HeaderValue, Method, Request, Response, Version, request};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
-use crate::admission::{Applicant, ByteBudget, Gate, Permit};
+use crate::admission::{Applicant, ByteBudget, Gate, Permit, Standing};
 use crate::clients::Clients;
 use crate::config::Config;
-use crate::error::Failure;
+use crate::error::{Cause, Failure};
 use crate::ledger::Ledger;
 use crate::metrics::{AttemptResult, Gauges, Metrics, Outcome, RefusedBy};
 use crate::models::{ModelId, Models};
@@ -40,8 +41,9 @@ use crate::upstream::connect::Connector;
 use crate::upstream::{ConnectionCounts, Upstream};
 
 use attempt::{Answer, Tried, given_up};
-use call::Call;
+use call::{AsksUsage, Call};
 use fields::Via;
+use usage_option::UsageOption;
 
 /// Where clients' requests become the gateway's. A clone for each worker, with connections of its own.
 pub struct Proxy {
@@ -58,6 +60,7 @@ struct Shared {
     gate: Arc<Gate>,
     policy: Policy,
     memory: ByteBudget,
+    usage_option: UsageOption,
     connector: Connector,
     connections: Arc<ConnectionCounts>,
     via: Via,
@@ -80,9 +83,10 @@ impl Proxy {
         let clients = Clients::new(&config);
         let shared = Shared {
             metrics: Arc::new(Metrics::new(models.clone(), clients.names())),
-            gate: Gate::open(&config, models.clone()),
+            gate: Gate::open(&config, models.clone(), &clients),
             policy: Policy::new(&config.retry, Instant::now()),
             memory: ByteBudget::new(config.queue.max_bytes),
+            usage_option: UsageOption::default(),
             connections: Arc::default(),
             via: Via::new(&instance),
             host: HeaderValue::from_str(authority).expect("an authority is visible ASCII"),
@@ -126,8 +130,7 @@ impl Proxy {
             connections_active,
             connections_idle,
             buffered_bytes: self.shared.memory.held(),
-            // No limit on tokens is enforced yet.
-            reserved_tokens: 0,
+            reserved_tokens: self.shared.gate.reserved_tokens(),
         }
     }
 
@@ -135,27 +138,31 @@ impl Proxy {
     pub async fn serve(&self, request: Request<Incoming>, peer: Option<IpAddr>) -> Response<ResponseBody> {
         let mut ledger = Ledger::open(self.shared.metrics.clone(), Instant::now());
         let (head, body) = request.into_parts();
-        let (version, mut body) = (head.version, Some(body));
+        let (version, mut asked) = (head.version, Asked { body: Some(body), applicant: None });
         let request_id = head.headers.get(headers::REQUEST_ID).cloned();
         let metered = route::route(head.uri.path()).filter(|_| head.method == Method::POST);
         let endpoint = metered.and_then(|route| route.endpoint);
-        let response = match self.story(head, &mut body, peer, &mut ledger).await {
+        let mut response = match self.story(head, &mut asked, peer, &mut ledger).await {
             Ok(answer) => self.respond(answer, endpoint, ledger),
             Err(failure) => {
-                if let (Some(unread), Version::HTTP_2) = (&mut body, version) {
+                if let (Some(unread), Version::HTTP_2) = (&mut asked.body, version) {
                     body::discard(unread).await;
                 }
                 self.fail(&failure, endpoint, ledger)
             }
         };
+        if let (Some(applicant), Some(_)) = (&asked.applicant, endpoint) {
+            let Standing { requests, tokens } = self.shared.gate.standing(applicant);
+            headers::tell_quota(response.headers_mut(), requests, tokens);
+        }
         self.name(response, request_id)
     }
 
-    /// The story of one request. What it does not read of the body stays in `body`.
+    /// The story of one request.
     async fn story(
         &self,
         head: request::Parts,
-        body: &mut Option<Incoming>,
+        asked: &mut Asked,
         peer: Option<IpAddr>,
         ledger: &mut Ledger,
     ) -> Result<Answer, Failure> {
@@ -164,20 +171,24 @@ impl Proxy {
         let route = route::route(uri.path()).ok_or_else(|| call::unknown_path(&head))?;
         let caller = self.shared.clients.identify(&head.headers, peer)?;
         ledger.set_client(caller.client);
-        let mut call = self.read(head, route, caller, body, ledger).await?;
-        let applicant = self.applicant(&call, ledger.arrived());
+        let mut call = self.read(head, route, caller, &mut asked.body, ledger).await?;
+        let applicant = asked.applicant.insert(self.applicant(&call, ledger.arrived()));
         let mut tries =
             Tries { retries: 0, by_client: call.by_client, timed_out: false, repeatable: call.is_repeatable() };
         let mut last: Option<Result<Answer, Failure>> = None;
+        self.shared.policy.first_attempt(Instant::now());
         loop {
-            let permit = match self.admit(&applicant, last.is_some(), ledger).await {
+            let permit = match self.admit(applicant, ledger).await {
                 Ok(permit) => permit,
                 Err(refusal) => return last.map_or(Err(refusal), given_up),
             };
-            if last.is_none() {
-                self.shared.policy.first_attempt(Instant::now());
-            }
             let tried = self.attempt(&mut call, permit, ledger).await;
+            if tried.option_refused {
+                // That is between weir and the gateway: no retry, and not for the client to see.
+                ledger.attempt_ends(tried.result);
+                call.usage = AsksUsage::InVain;
+                continue;
+            }
             let verdict = self.judge(&tried, tries, &call, ledger);
             if tried.outcome.is_err() || verdict != Verdict::Final {
                 ledger.attempt_ends(tried.result);
@@ -202,23 +213,36 @@ impl Proxy {
     }
 
     /// Waits for a permit. Dropped while it waits, the place in the queue is given up.
-    async fn admit(&self, applicant: &Applicant, again: bool, ledger: &mut Ledger) -> Result<Permit, Failure> {
-        let begun = Instant::now();
+    async fn admit(&self, applicant: &Applicant, ledger: &mut Ledger) -> Result<Permit, Failure> {
+        let (begun, again) = (Instant::now(), ledger.attempts() > 0);
         let admitted = self.shared.gate.admit(applicant, again).await;
         ledger.waited(begun.elapsed());
-        admitted.map_err(Failure::from)
+        let permit = admitted?;
+        if !again {
+            permit.would_refuse().iter().filter_map(|cause| refused_by(*cause)).for_each(|by| ledger.observed(by));
+        }
+        Ok(permit)
     }
 
     /// The gateway has served this call: its model may have a name in metrics and limits of its own, and its key may be
     /// a tenant. A call that is not metered proves nothing: gateways list their models to everyone.
     fn learn(&self, tried: &Tried, call: &Call, ledger: &mut Ledger) {
+        let Shared { clients, models, gate, usage_option, .. } = &*self.shared;
         let served = tried.outcome.as_ref().is_ok_and(|answer| answer.head.status.is_success());
         if tried.result != AttemptResult::Ok || !served || call.endpoint.is_none() {
             return;
         }
-        self.shared.clients.accepted(&call.caller);
-        if let (ModelId::OTHER, Some(name)) = (call.model, &call.model_name) {
-            ledger.set_model(self.shared.models.learn(name));
+        clients.accepted(&call.caller);
+        let model = match (call.model, &call.model_name) {
+            (ModelId::OTHER, Some(name)) => models.learn(name),
+            (known, _) => known,
+        };
+        ledger.set_model(model);
+        gate.learn_first_byte(model, call.stream, ledger.attempt_elapsed());
+        match call.usage {
+            AsksUsage::ForClient(_) => usage_option.served(model),
+            AsksUsage::InVain => usage_option.refused(model, Instant::now()),
+            AsksUsage::AsWritten => {}
         }
     }
 
@@ -234,22 +258,24 @@ impl Proxy {
 
     /// The gateway's answer, with what weir adds.
     fn respond(&self, answer: Answer, endpoint: Option<Endpoint>, mut ledger: Ledger) -> Response<ResponseBody> {
-        let Answer { mut head, opening, rest, permit, patience } = answer;
+        let Answer { mut head, source, hides_usage } = answer;
         ledger.answer_begins();
         fields::to_client(&mut head);
         add_own_fields(&mut head.headers, &ledger);
         let endpoint = endpoint.filter(|_| head.status.is_success());
-        let relay = Relay::new(&head, opening, rest, permit, ledger, endpoint, patience);
+        if hides_usage {
+            // A chunk will be missing from it.
+            head.headers.remove(header::CONTENT_LENGTH);
+        }
+        let relay = Relay::new(&head, source, ledger, endpoint, hides_usage);
         Response::from_parts(head, ResponseBody::Relay(Box::new(relay)))
     }
 
     /// weir's own answer.
     fn fail(&self, failure: &Failure, endpoint: Option<Endpoint>, mut ledger: Ledger) -> Response<ResponseBody> {
-        let outcome = match failure.cause.refused_by() {
-            Some(word) => {
-                let by =
-                    RefusedBy::ALL.iter().find(|by| by.label() == word).expect("every word of the table is a label");
-                ledger.refused(*by);
+        let outcome = match refused_by(failure.cause) {
+            Some(by) => {
+                ledger.refused(by);
                 tracing::debug!(code = failure.cause.code(), message = %failure, "refused");
                 Outcome::Refused
             }
@@ -280,6 +306,20 @@ impl Proxy {
         });
         response
     }
+}
+
+/// The label of whose limit refused a request; `None` where something failed.
+fn refused_by(cause: Cause) -> Option<RefusedBy> {
+    let word = cause.refused_by()?;
+    Some(*RefusedBy::ALL.iter().find(|by| by.label() == word).expect("every word of the table is a label"))
+}
+
+/// What is left of a request, and known of it, when its story has ended.
+struct Asked {
+    /// Taken when it has been read, or is being passed on.
+    body: Option<Incoming>,
+    /// How it applied for its permits.
+    applicant: Option<Applicant>,
 }
 
 /// Where the time went, and how many attempts it took.

@@ -68,7 +68,7 @@ async fn the_tokens_of_a_stream_are_those_of_its_usage_chunk() {
         let (one, two) = usage.split_at(40);
         [vec![stream_head(), event("one"), usage_null, chunk(one), chunk(two)], done().to_vec()].concat()
     });
-    let streamed = world.stream().await;
+    let streamed = world.stream_with_usage().await;
     assert!(streamed.text().ends_with(&format!("{usage}data: [DONE]\n\n")) && !streamed.broken);
     assert_eq!(tokens(&world), [7.0, 3.0, 0.0, 0.0]);
 }
@@ -297,7 +297,7 @@ async fn wherever_chunks_cut_an_event_the_bytes_stay_and_are_understood() {
             vec![stream_head(), raw(one), wait(1), raw(two), Step::Send(b"0\r\n\r\n".to_vec())]
         };
         let world = World::new("", script);
-        assert_eq!(world.stream().await.body, text.as_bytes(), "cut at {at}");
+        assert_eq!(world.stream_with_usage().await.body, text.as_bytes(), "cut at {at}");
         assert_eq!(tokens(&world), [7.0, 3.0, 0.0, 0.0], "cut at {at}");
         assert_eq!(histogram(&world, "time_to_first_token").0, 1.0, "cut at {at}");
         assert_eq!((world.requests("ok"), world.attempts("ok")), (1.0, 1.0));

@@ -141,9 +141,11 @@ async fn a_stream_that_falls_silent_inside_an_event_is_cut() {
     let world = World::new("[timeouts]\nidle = \"20s\"\n", |_| {
         vec![stream_head(), event("one"), chunk("data: {\"half"), Step::Stall]
     });
-    let answer = world.stream().await;
+    let answer = world.stream_with_usage().await;
     assert!(answer.broken && answer.text().ends_with("data: {\"half"), "{}", answer.text());
     assert_eq!(world.elapsed(), 20_000);
+    let without_usage = world.stream().await;
+    assert!(without_usage.broken && !without_usage.text().contains("half"), "of events looked at, whole ones only");
     world.settle().await;
     world.assert_nothing_held();
 }

@@ -8,7 +8,7 @@ use http_body_util::{BodyExt as _, Full};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::gateway::{Seen, Step, answer, completion, error, event, stream, stream_head};
-use crate::world::{Answer, CHAT, STREAM, World, chat, collect, request, with};
+use crate::world::{Answer, CHAT, STREAM, STREAM_WITH_USAGE, World, chat, collect, request, with};
 
 fn echo(_: &Seen) -> Vec<Step> {
     answer(200, &[("content-type", "application/json")], "{}")
@@ -306,7 +306,7 @@ async fn an_http_1_0_client_is_answered_in_its_own_version() {
 async fn an_http2_client_gets_what_an_http1_client_gets() {
     let script = |seen: &Seen| match seen.target() {
         "/v1/models?a=%2F" => answer(200, &[("set-cookie", "a"), ("set-cookie", "b"), ("keep-alive", "x")], "[]"),
-        _ if seen.body == STREAM.as_bytes() => stream(&["one", "two"]),
+        _ if seen.body == STREAM_WITH_USAGE.as_bytes() => stream(&["one", "two"]),
         _ => completion(),
     };
     let world = World::new("", script);
@@ -320,7 +320,7 @@ async fn an_http2_client_gets_what_an_http1_client_gets() {
     assert_eq!((plain.status.as_u16(), plain.text().as_str(), plain.header("keep-alive")), (200, "[]", ""));
     assert_eq!(plain.headers.get_all("set-cookie").iter().count(), 2);
     assert!(!plain.header("x-request-id").is_empty());
-    let response = sender.send_request(h2(Method::POST, "/v1/chat/completions", STREAM)).await;
+    let response = sender.send_request(h2(Method::POST, "/v1/chat/completions", STREAM_WITH_USAGE)).await;
     let streamed = collect(response.expect("answered")).await;
     assert!(streamed.text().contains("two") && streamed.text().ends_with("[DONE]\n\n") && !streamed.broken);
     let chat =
@@ -332,7 +332,7 @@ async fn an_http2_client_gets_what_an_http1_client_gets() {
     let seen = &world.gateway.seen();
     assert_eq!((seen[0].header("cookie"), seen[0].header("host")), (vec!["a=1; b=2"], vec!["api.holysheep.ai"]));
     assert!(seen[0].header("via")[0].starts_with("2.0 weir-"));
-    assert_eq!((seen[1].body.as_slice(), seen[2].body.as_slice()), (STREAM.as_bytes(), CHAT.as_bytes()));
+    assert_eq!((seen[1].body.as_slice(), seen[2].body.as_slice()), (STREAM_WITH_USAGE.as_bytes(), CHAT.as_bytes()));
     world.assert_nothing_held();
 }
 

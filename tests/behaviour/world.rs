@@ -25,6 +25,9 @@ pub const CHAT: &str = r#"{"model":"gpt-4.1-mini","messages":[{"role":"user","co
 /// The same as a stream.
 pub const STREAM: &str = r#"{"model":"gpt-4.1-mini","stream":true,"messages":[{"role":"user","content":"hello"}]}"#;
 
+/// The same, asking for its usage: weir adds nothing to it, and hides nothing of the answer.
+pub const STREAM_WITH_USAGE: &str = r#"{"model":"gpt-4.1-mini","stream":true,"stream_options":{"include_usage":true},"messages":[{"role":"user","content":"hello"}]}"#;
+
 /// weir, the gateway behind it, and the time at which both began.
 #[derive(Clone)]
 pub struct World {
@@ -176,6 +179,11 @@ impl World {
     /// The same as a stream.
     pub async fn stream(&self) -> Answer {
         self.send(chat(STREAM)).await
+    }
+
+    /// A stream that asks for its usage.
+    pub async fn stream_with_usage(&self) -> Answer {
+        self.send(chat(STREAM_WITH_USAGE)).await
     }
 
     /// Any request on a connection of its own, answered in full.

@@ -3,40 +3,53 @@ use std::collections::BTreeMap;
 use rand::rngs::SmallRng;
 use rand::{RngExt, SeedableRng};
 
+use super::flows::MAX_LANES;
 use super::*;
 use crate::admission::bucket::Bucket;
 use crate::admission::slots::Slots;
 use crate::config::Rate;
 use crate::models::Models;
 
-const MINUTE: Duration = Duration::from_secs(60);
+pub(super) const MINUTE: Duration = Duration::from_secs(60);
 
-fn millis(millis: u64) -> Duration {
+pub(super) fn millis(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
 /// A queue in simulated time; requests are numbered in the order of their arrival.
-struct World {
-    queue: Queue<u64>,
-    models: Models,
-    start: Instant,
-    now: Instant,
-    arrivals: u64,
-    tickets: BTreeMap<u64, Ticket>,
+pub(super) struct World {
+    pub(super) queue: Queue<u64>,
+    /// Who asks from now on, and what its requests cost.
+    pub(super) tenant: Tenant,
+    pub(super) weight: Weight,
+    pub(super) tokens: u64,
+    pub(super) models: Models,
+    pub(super) start: Instant,
+    pub(super) now: Instant,
+    pub(super) arrivals: u64,
+    pub(super) tickets: BTreeMap<u64, Ticket>,
     /// What each request still holds.
-    grants: BTreeMap<u64, Grant>,
+    pub(super) grants: BTreeMap<u64, Grant>,
     /// Who was let through, and when, in milliseconds.
-    admitted: Vec<(u64, u64)>,
-    refused: BTreeMap<u64, Refusal>,
+    pub(super) admitted: Vec<(u64, u64)>,
+    pub(super) refused: BTreeMap<u64, Refusal>,
 }
 
 impl World {
-    fn new(requests: Option<(&str, u32)>, slots: Option<u32>) -> Self {
+    pub(super) fn new(requests: Option<(&str, u32)>, slots: Option<u32>) -> Self {
         let start = Instant::now();
         let bucket = requests.map(|(rate, burst)| Measure::Requests(self::bucket(rate, burst, start)));
         let global = bucket.into_iter().chain(slots.map(|slots| Measure::Concurrency(Slots::new(slots))));
+        Self::of(global.collect(), start)
+    }
+
+    pub(super) fn of(global: Vec<Measure>, start: Instant) -> Self {
+        let rules = Rules { max_waiting: 100_000, lane_slots: None, mode: Mode::Enforce };
         Self {
-            queue: Queue::new(Rules { max_waiting: 100_000, lane_slots: None }, global.collect()),
+            queue: Queue::new(rules, global),
+            tenant: Tenant::Shared,
+            weight: Weight::ONE,
+            tokens: 0,
             models: Models::new(["a", "b", "c"]),
             start,
             now: start,
@@ -48,44 +61,74 @@ impl World {
         }
     }
 
-    fn with_model(mut self, name: &str, requests: Option<(&str, u32)>, slots: Option<u32>) -> Self {
+    pub(super) fn with_model(mut self, name: &str, requests: Option<(&str, u32)>, slots: Option<u32>) -> Self {
         let bucket = requests.map(|(rate, burst)| Measure::Requests(bucket(rate, burst, self.start)));
         let measures = bucket.into_iter().chain(slots.map(|slots| Measure::Concurrency(Slots::new(slots)))).collect();
-        self.queue.limit_model(self.models.find(name), &name.into(), measures);
+        self.queue.limit_model(self.models.find(name), &name.into(), Mode::Enforce, measures);
         self
     }
 
-    fn arrive(&mut self, model: &str) -> u64 {
+    pub(super) fn with_tokens(mut self, name: &str, tokens: (&str, u32)) -> Self {
+        let measures = vec![Measure::Tokens(bucket(tokens.0, tokens.1, self.start))];
+        self.queue.limit_model(self.models.find(name), &name.into(), Mode::Enforce, measures);
+        self
+    }
+
+    /// Before a limit of tokens for everyone.
+    pub(super) fn before_tokens(rate: &str, burst: u32) -> Self {
+        let start = Instant::now();
+        Self::of(vec![Measure::Tokens(bucket(rate, burst, start))], start)
+    }
+
+    /// From now on this tenant asks, for requests that cost so much.
+    pub(super) fn asks(&mut self, tenant: u64, tokens: u64) -> &mut Self {
+        (self.tenant, self.tokens) = (Tenant::Key(tenant), tokens);
+        self
+    }
+
+    pub(super) fn arrive(&mut self, model: &str) -> u64 {
         self.arrive_for(model, MINUTE)
     }
 
-    fn arrive_for(&mut self, model: &str, max_wait: Duration) -> u64 {
+    pub(super) fn arrive_for(&mut self, model: &str, max_wait: Duration) -> u64 {
         self.arrivals += 1;
         self.ask(self.arrivals, model, max_wait, false);
         self.arrivals
     }
 
-    fn ask(&mut self, request: u64, model: &str, max_wait: Duration, again: bool) {
-        let lane = Lane { credential: 1, model: self.models.find(model) };
-        let ask = Ask { lane, rank: Rank(request), max_wait, until: self.now + max_wait, again };
+    pub(super) fn ask(&mut self, request: u64, model: &str, max_wait: Duration, again: bool) {
+        let ask = Ask {
+            tenant: self.tenant,
+            weight: self.weight,
+            lane: Lane { credential: 1, model: self.models.find(model) },
+            rank: Rank(request),
+            cost: Cost { prompt: self.tokens, output: 0 },
+            max_wait,
+            until: self.now + max_wait,
+            again,
+        };
         match self.queue.offer(&ask, || model.into(), self.now) {
             Offer::Admitted(grant) => self.admit(request, grant),
             Offer::Refused(refusal) => drop(self.refused.insert(request, refusal)),
-            Offer::MustWait => {
-                let ticket = self.queue.enqueue(&ask, request, self.now);
+            Offer::MustWait(flow) => {
+                let (ticket, displaced) = self.queue.enqueue(flow, &ask, request, self.now);
                 self.tickets.insert(request, ticket);
+                if let Some((other, refusal)) = displaced {
+                    self.tickets.remove(&other);
+                    self.refused.insert(other, refusal);
+                }
             }
         }
         self.pump();
     }
 
-    fn admit(&mut self, request: u64, grant: Grant) {
+    pub(super) fn admit(&mut self, request: u64, grant: Grant) {
         self.tickets.remove(&request);
         self.admitted.push((request, (self.now - self.start).as_millis() as u64));
         assert!(self.grants.insert(request, grant).is_none(), "nobody is let through twice at once");
     }
 
-    fn pump(&mut self) {
+    pub(super) fn pump(&mut self) {
         let mut granted = Vec::new();
         self.queue.pump(self.now, |request, grant| granted.push((request, grant)));
         for (request, grant) in granted {
@@ -94,20 +137,25 @@ impl World {
         assert!(self.queue.next_timer().is_none_or(|next| next > self.now), "what is due has been done");
     }
 
-    fn finish(&mut self, request: u64) {
+    pub(super) fn finish(&mut self, request: u64) {
+        let tokens = self.grants[&request].cost().tokens();
+        self.settle(request, Used::Tokens(tokens));
+    }
+
+    pub(super) fn settle(&mut self, request: u64, used: Used) {
         let grant = self.grants.remove(&request).expect("only what was let through can finish");
-        self.queue.release(&grant, false, self.now);
+        self.queue.release(&grant, used, self.now);
         self.pump();
     }
 
-    fn leave(&mut self, request: u64) {
+    pub(super) fn leave(&mut self, request: u64) {
         let ticket = self.tickets.remove(&request).expect("only a waiter can leave");
         assert!(self.queue.leave(ticket, self.now));
         self.pump();
     }
 
     /// Lets time pass, stopping at every timer on the way, as the timekeeper does.
-    fn pass(&mut self, time: Duration) {
+    pub(super) fn pass(&mut self, time: Duration) {
         let until = self.now + time;
         while let Some(next) = self.queue.next_timer().filter(|next| *next <= until) {
             self.now = next;
@@ -117,12 +165,12 @@ impl World {
         self.pump();
     }
 
-    fn order(&self) -> Vec<u64> {
+    pub(super) fn order(&self) -> Vec<u64> {
         self.admitted.iter().map(|(request, _)| *request).collect()
     }
 }
 
-fn bucket(rate: &str, burst: u32, now: Instant) -> Bucket {
+pub(super) fn bucket(rate: &str, burst: u32, now: Instant) -> Bucket {
     Bucket::new(Rate::parse(rate).expect("a rate").with_burst(burst), now)
 }
 
@@ -224,7 +272,7 @@ fn one_who_ignores_the_hint_does_not_push_the_others_return_away_without_end() {
     let mut world = World::new(Some(("10/min", 1)), None);
     world.arrive("a");
     let refused: Vec<u64> = (0..1000).map(|_| world.arrive_for("a", Duration::ZERO)).collect();
-    assert_eq!(world.refused[&refused[999]].retry_after, Duration::from_secs(6 + 30));
+    assert_eq!(world.refused[&refused[999]].retry_after, Duration::from_secs(6 + 60));
 }
 
 #[test]
@@ -258,7 +306,7 @@ fn a_cell_that_bought_nothing_wakes_the_next_waiter() {
     world.arrive("a");
     let waiter = world.arrive_for("a", MINUTE * 5);
     let grant = world.grants.remove(&1).expect("the first was let through");
-    world.queue.release(&grant, true, world.now);
+    world.queue.release(&grant, Used::Unsent, world.now);
     world.pump();
     assert_eq!(world.order(), [1, waiter]);
 }
@@ -283,8 +331,16 @@ fn lanes_are_bounded_and_idle_ones_are_forgotten_first() {
     world.queue.rules.lane_slots = Some(1);
     let model = world.models.find("a");
     let ask = |credential: u64, queue: &mut Queue<u64>| {
-        let lane = Lane { credential, model };
-        let ask = Ask { lane, rank: Rank(credential), max_wait: MINUTE, until: world.start + MINUTE, again: false };
+        let ask = Ask {
+            tenant: Tenant::Key(credential),
+            weight: Weight::ONE,
+            lane: Lane { credential, model },
+            rank: Rank(credential),
+            cost: Cost::default(),
+            max_wait: MINUTE,
+            until: world.start + MINUTE,
+            again: false,
+        };
         match queue.offer(&ask, || "a".into(), world.start) {
             Offer::Admitted(grant) => Some(grant),
             _ => None,
@@ -293,12 +349,12 @@ fn lanes_are_bounded_and_idle_ones_are_forgotten_first() {
     let busy = ask(1, &mut world.queue).expect("a free lane");
     for credential in 2..100_000 {
         let grant = ask(credential, &mut world.queue).expect("a free lane");
-        world.queue.release(&grant, false, world.start);
+        world.queue.release(&grant, Used::Refused, world.start);
     }
     assert!(world.queue.of_lane.len() <= MAX_LANES && world.queue.flows.len() <= MAX_LANES + 1);
     assert!(world.queue.limits.len() <= MAX_LANES + 1);
     assert!(ask(1, &mut world.queue).is_none(), "the busy lane was not forgotten");
-    world.queue.release(&busy, false, world.start);
+    world.queue.release(&busy, Used::Refused, world.start);
     assert!(ask(1, &mut world.queue).is_some());
 }
 

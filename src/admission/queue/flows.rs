@@ -1,0 +1,188 @@
+//! Which flow a request waits in: found, made, and forgotten when nobody is in it.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use super::{Ask, FlowView, Lane, Place, Queue, Waiter};
+use crate::admission::fair::TenantId;
+use crate::admission::limit::{FlowId, Limit, LimitId, Measure, Rank, Scope};
+use crate::admission::line::Load;
+use crate::admission::slots::Slots;
+use crate::clients::Tenant;
+use crate::config::Mode;
+use crate::models::ModelId;
+
+/// Lanes kept at once. Beyond it the idle ones are forgotten, and if none is idle, newcomers share one lane a model.
+pub const MAX_LANES: usize = 4096;
+
+/// Idle flows, and tenants that have none, are forgotten when there are so many. Those in use are bounded by the requests
+/// that wait or are under way.
+pub const MAX_IDLE: usize = 4096;
+
+/// A lane's place in the queue's list of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct LaneId(usize);
+
+/// What belongs to one lane.
+pub(super) struct LaneState {
+    lane: Lane,
+    own_slots: Option<LimitId>,
+    flows: u32,
+}
+
+/// One tenant's requests in one lane.
+pub(super) struct Flow<W> {
+    pub(super) tenant: TenantId,
+    lane: LaneId,
+    pub(super) model: ModelId,
+    /// Every limit on the way that can hold somebody up, the widest first.
+    pub(super) path: Vec<LimitId>,
+    /// Every limit on the way that only counts.
+    pub(super) observed: Vec<LimitId>,
+    pub(super) waiters: BTreeMap<Rank, Waiter<W>>,
+    /// All who wait in it.
+    pub(super) load: Load,
+    pub(super) place: Place,
+    pub(super) in_flight: u32,
+}
+
+impl<W> Flow<W> {
+    fn is_idle(&self) -> bool {
+        self.in_flight == 0 && self.waiters.is_empty()
+    }
+}
+
+impl<W> Queue<W> {
+    /// Every flow that somebody uses.
+    pub fn flows(&self) -> impl Iterator<Item = FlowView> + '_ {
+        self.of_flow.values().map(|id| &self.flows[id.0]).map(|flow| FlowView {
+            model: flow.model,
+            in_flight: flow.in_flight,
+            waiting: flow.waiters.len() as u64,
+            slots: self.tightest_slots(flow),
+        })
+    }
+
+    /// The limits that a request of this tenant in this lane has to pass; none where nobody has come that way lately.
+    pub fn limits_on_the_way(&self, tenant: Tenant, lane: Lane) -> impl Iterator<Item = &Limit> + '_ {
+        let flow = self.fair.known(tenant).zip(self.of_lane.get(&self.lane_in_use(lane)).copied());
+        let flow = flow.and_then(|key| self.of_flow.get(&key)).map(|id| &self.flows[id.0]);
+        flow.into_iter().flat_map(|flow| &flow.path).map(|id| &self.limits[id.0])
+    }
+
+    pub(super) fn flow_of(&mut self, ask: &Ask, model_name: impl Fn() -> Arc<str>) -> FlowId {
+        let tenant = self.fair.find(ask.tenant, ask.weight);
+        if let Some(lane) = self.of_lane.get(&ask.lane)
+            && let Some(id) = self.of_flow.get(&(tenant, *lane))
+        {
+            return *id;
+        }
+        // The tenant may have been idle long enough to be forgotten.
+        self.sweep();
+        let tenant = self.fair.find(ask.tenant, ask.weight);
+        let lane = self.lane_of(ask.lane, model_name);
+        match self.of_flow.get(&(tenant, lane)) {
+            Some(id) => *id,
+            None => self.add_flow(ask.tenant, tenant, lane),
+        }
+    }
+
+    /// The lane itself, or the one that its model's newcomers share while there are too many.
+    fn lane_in_use(&self, lane: Lane) -> Lane {
+        let full = self.of_lane.len() >= MAX_LANES && !self.of_lane.contains_key(&lane);
+        if full { Lane { credential: 0, ..lane } } else { lane }
+    }
+
+    fn lane_of(&mut self, lane: Lane, model_name: impl Fn() -> Arc<str>) -> LaneId {
+        let lane = self.lane_in_use(lane);
+        if let Some(id) = self.of_lane.get(&lane) {
+            return *id;
+        }
+        let slots = self.rules.lane_slots.map(|slots| Measure::Concurrency(Slots::new(slots)));
+        let mode = self.rules.mode;
+        let own_slots = slots.map(|slots| self.add_limit(Limit::new(Scope::Model(model_name()), slots, mode)));
+        let state = LaneState { lane, own_slots, flows: 0 };
+        let id = match self.free_lanes.pop() {
+            Some(id) => {
+                self.lanes[id.0] = state;
+                id
+            }
+            None => {
+                self.lanes.push(state);
+                LaneId(self.lanes.len() - 1)
+            }
+        };
+        self.of_lane.insert(lane, id);
+        id
+    }
+
+    fn add_flow(&mut self, of: Tenant, tenant: TenantId, lane: LaneId) -> FlowId {
+        let LaneState { lane: Lane { model, .. }, own_slots, .. } = self.lanes[lane.0];
+        let of_model = self.of_model.get(&model).into_iter().flatten();
+        let client = if let Tenant::Named(client) = of { self.of_client.get(&client) } else { None };
+        let all = self.global.iter().chain(of_model).chain(client.into_iter().flatten()).copied().chain(own_slots);
+        let (path, observed) = all.partition(|id| self.limits[id.0].mode == Mode::Enforce);
+        let flow = Flow {
+            tenant,
+            lane,
+            model,
+            path,
+            observed,
+            waiters: BTreeMap::new(),
+            load: Load::default(),
+            place: Place::Empty,
+            in_flight: 0,
+        };
+        let id = match self.free_flows.pop() {
+            Some(id) => {
+                self.flows[id.0] = flow;
+                id
+            }
+            None => {
+                self.flows.push(flow);
+                FlowId(self.flows.len() - 1)
+            }
+        };
+        self.of_flow.insert((tenant, lane), id);
+        self.lanes[lane.0].flows += 1;
+        self.fair.share_mut(tenant).flows += 1;
+        id
+    }
+
+    /// Forgets what is idle, when there is much.
+    fn sweep(&mut self) {
+        let many = self.of_flow.len() >= self.flows_before_sweep
+            || self.of_lane.len() >= MAX_LANES
+            || self.fair.known_tenants() > 2 * MAX_IDLE;
+        if !many {
+            return;
+        }
+        let flows = &self.flows;
+        let idle: Vec<FlowId> = self.of_flow.extract_if(|_, id| flows[id.0].is_idle()).map(|(_, id)| id).collect();
+        for id in idle {
+            let Flow { tenant, lane, .. } = self.flows[id.0];
+            self.lanes[lane.0].flows -= 1;
+            self.fair.share_mut(tenant).flows -= 1;
+            self.free_flows.push(id);
+        }
+        let lanes = &self.lanes;
+        let unused: Vec<LaneId> = self.of_lane.extract_if(|_, id| lanes[id.0].flows == 0).map(|(_, id)| id).collect();
+        for id in unused {
+            self.free_limits.extend(self.lanes[id.0].own_slots.take());
+            self.free_lanes.push(id);
+        }
+        self.fair.forget_idle(MAX_IDLE);
+        // Where many are in use, not at each newcomer.
+        self.flows_before_sweep = MAX_IDLE.max(2 * self.of_flow.len());
+    }
+
+    fn tightest_slots(&self, flow: &Flow<W>) -> Option<u32> {
+        let limits = flow.path.iter().chain(&flow.observed).map(|id| &self.limits[id.0]);
+        let of_everyone = limits.filter(|limit| !matches!(limit.scope, Scope::Client(_)));
+        let numbers = of_everyone.filter_map(|limit| match &limit.measure {
+            Measure::Concurrency(slots) => Some(slots.limit()),
+            Measure::Requests(_) | Measure::Tokens(_) => None,
+        });
+        numbers.min()
+    }
+}
