@@ -208,6 +208,14 @@ impl FairClock {
         self.free.extend(forgotten);
     }
 
+    /// Whether it is listed among those who wait, and once, at its counter.
+    #[cfg(test)]
+    pub fn is_backlogged(&self, id: TenantId) -> bool {
+        let listed: Vec<_> = self.backlogged.iter().filter(|(_, other)| *other == id).collect();
+        assert!(listed.iter().all(|(counter, _)| *counter == self.share(id).counter) && listed.len() <= 1);
+        !listed.is_empty()
+    }
+
     fn floor(&self) -> Virtual {
         self.now.minus(MAX_LAG)
     }

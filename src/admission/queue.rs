@@ -228,11 +228,11 @@ impl<W> Queue<W> {
         self.begin(id);
         let need = self.need(id, ask.cost);
         let first = self.flows[id.0].waiters.first_key_value().is_none_or(|(head, _)| ask.rank < *head);
-        let Some(blocker) = self.blocker(need, ask.rank, now) else {
-            if first {
-                return Offer::Admitted(self.grant(need.flow, ask.cost, ask.max_wait, now, now));
-            }
-            return Offer::MustWait(id);
+        let blocker = match self.blocker(need, ask.rank, now) {
+            None if first => return Offer::Admitted(self.grant(id, ask.cost, ask.max_wait, now, now)),
+            // What holds up those before it holds it up too.
+            None => self.held_up_by(id).expect("nobody waits where there is no limit"),
+            Some(blocker) => blocker,
         };
         if let Some(limit) = self.too_late(id, ask, now) {
             let cause = self.limits[limit.0].cause();
@@ -493,8 +493,8 @@ impl<W> Queue<W> {
         }
         if let Some(limit) = blocker {
             self.park(need, rank, limit, now);
-            // The room it was offered is left to the next in line there.
-            self.opened.extend(from.filter(|from| *from != limit));
+            // The room it was offered is left to whoever is next in line there now.
+            self.opened.extend(from);
             return;
         }
         let waiter = self.take_first(id).expect("a ready flow has a first waiter");
@@ -698,6 +698,8 @@ impl<W> Queue<W> {
 
 #[cfg(test)]
 mod fair_tests;
+#[cfg(test)]
+mod model_tests;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]

@@ -1,0 +1,365 @@
+//! The queue against a slow reading of its own rules, after every step of a random history.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rand::rngs::SmallRng;
+use rand::{RngExt as _, SeedableRng as _};
+
+use super::tests::{MINUTE, World, millis};
+use super::*;
+use crate::admission::bucket::Bucket;
+use crate::admission::slots::Slots;
+use crate::clients::Clients;
+use crate::config::{Config, Rate};
+
+const CLIENTS: &str = "[clients.a]\nkey = \"ka\"\n[clients.b]\nkey = \"kb\"\n[clients.c]\nkey = \"kc\"\n";
+const MODELS: [&str; 3] = ["a", "b", "c"];
+const LONG: Duration = Duration::from_secs(3600);
+
+/// What a request asked for, to ask again with.
+#[derive(Clone, Copy)]
+struct Facts {
+    tenant: Tenant,
+    weight: Weight,
+    model: &'static str,
+    tokens: u64,
+    again: bool,
+}
+
+/// A world with random limits in which random things happen.
+struct History {
+    rng: SmallRng,
+    world: World,
+    tenants: Vec<(Tenant, Weight)>,
+    facts: BTreeMap<u64, Facts>,
+    /// Requests that were let through and have ended: they may be retried.
+    ended: Vec<u64>,
+    largest: u64,
+}
+
+impl History {
+    fn new(seed: u64) -> Self {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        let start = Instant::now();
+        let mut world = World::of(measures(&mut rng, start), start);
+        world.queue.rules.max_waiting = [3, 20, 100_000][rng.random_range(0..3)];
+        world.queue.rules.lane_slots = rng.random_bool(0.3).then(|| rng.random_range(1..5));
+        for model in MODELS {
+            let (id, mode) = (world.models.find(model), mode(&mut rng));
+            let measures = measures(&mut rng, start);
+            world.queue.limit_model(id, &model.into(), mode, measures);
+        }
+        let clients = Clients::new(&Config::parse(CLIENTS, &|_| None).expect("a good configuration"));
+        for id in clients.ids() {
+            let (mode, measures) = (mode(&mut rng), measures(&mut rng, start));
+            world.queue.limit_client(id, clients.name(id), mode, measures);
+        }
+        let weights = [0.01, 0.5, 1.0, 1.0, 1.0, 3.0, 1000.0];
+        let named = clients.ids().map(Tenant::Named);
+        let tenants: Vec<Tenant> = named.chain((0..3).map(Tenant::Key)).take(rng.random_range(1..=6)).collect();
+        let mut weight = || Weight::new(weights[rng.random_range(0..weights.len())]).expect("a weight");
+        let tenants = tenants.into_iter().map(|tenant| (tenant, weight())).collect();
+        // Now and then so large that laggards are set forward.
+        let largest = [200, 2000, 400_000][rng.random_range(0..3)];
+        Self { rng, world, tenants, facts: BTreeMap::new(), ended: Vec::new(), largest }
+    }
+
+    fn step(&mut self) {
+        match self.rng.random_range(0..100) {
+            0..35 => self.arrive(),
+            35..40 => self.retry(),
+            40..60 => self.settle(),
+            60..63 => self.charge_again(),
+            63..70 => self.leave(),
+            70..75 => self.expire(),
+            75..90 => {
+                let time = millis(self.rng.random_range(0..1000));
+                self.world.pass(time);
+            }
+            90..96 => {
+                // The timekeeper is late: several things are due at once.
+                self.world.now += millis(self.rng.random_range(0..3000));
+                self.late();
+            }
+            96..98 => {
+                // A timer is due in the very moment in which something else happens.
+                if let Some(next) = self.world.queue.next_timer() {
+                    self.world.now = next;
+                }
+                self.late();
+            }
+            _ => {
+                let time = Duration::from_secs(self.rng.random_range(0..600));
+                self.world.pass(time);
+            }
+        }
+    }
+
+    fn late(&mut self) {
+        match self.rng.random_range(0..4) {
+            0 => self.arrive(),
+            1 => self.settle(),
+            2 => self.leave(),
+            _ => {}
+        }
+        // There may have been nothing to settle, or nobody to leave.
+        self.world.pump();
+    }
+
+    fn arrive(&mut self) {
+        let (tenant, weight) = self.tenants[self.rng.random_range(0..self.tenants.len())];
+        let model = MODELS[self.rng.random_range(0..MODELS.len())];
+        let tokens = match self.rng.random_range(0..10) {
+            0 => 0,
+            1..8 => self.rng.random_range(1..50),
+            _ => self.rng.random_range(1..self.largest),
+        };
+        self.world.arrivals += 1;
+        self.ask(self.world.arrivals, Facts { tenant, weight, model, tokens, again: false });
+    }
+
+    fn retry(&mut self) {
+        if !self.ended.is_empty() {
+            let request = self.ended.swap_remove(self.rng.random_range(0..self.ended.len()));
+            let facts = self.facts[&request];
+            self.ask(request, Facts { again: true, ..facts });
+        }
+    }
+
+    fn ask(&mut self, request: u64, facts: Facts) {
+        let Facts { tenant, weight, model, tokens, again } = facts;
+        (self.world.tenant, self.world.weight, self.world.tokens) = (tenant, weight, tokens);
+        self.facts.insert(request, facts);
+        let max_wait = [Duration::ZERO, millis(500), MINUTE, LONG][self.rng.random_range(0..4)];
+        self.world.ask(request, model, max_wait, again);
+    }
+
+    fn settle(&mut self) {
+        let Some(request) = pick(&mut self.rng, self.world.grants.keys()) else { return };
+        let charged = self.world.grants[&request].cost().tokens();
+        let used = match self.rng.random_range(0..6) {
+            0 => Used::Unsent,
+            1 => Used::Refused,
+            2 => Used::Tokens(charged),
+            3 => Used::Tokens(charged.saturating_mul(3)),
+            _ => Used::Tokens(self.rng.random_range(0..=charged)),
+        };
+        self.world.settle(request, used);
+        self.ended.push(request);
+    }
+
+    fn charge_again(&mut self) {
+        let Some(request) = pick(&mut self.rng, self.world.grants.keys()) else { return };
+        self.world.queue.charge_again(&self.world.grants[&request], self.world.now);
+        self.world.pump();
+    }
+
+    fn leave(&mut self) {
+        if let Some(request) = pick(&mut self.rng, self.world.tickets.keys()) {
+            self.world.leave(request);
+        }
+    }
+
+    fn expire(&mut self) {
+        let Some(request) = pick(&mut self.rng, self.world.tickets.keys()) else { return };
+        let ticket = self.world.tickets.remove(&request).expect("just picked");
+        let refusal = self.world.queue.expire(ticket, self.world.now).expect("it waits");
+        assert!(refusal.retry_after > Duration::ZERO);
+        self.world.pump();
+    }
+
+    /// Everyone ends, and time goes on, until nobody waits any more.
+    fn run_dry(&mut self) {
+        for _ in 0..20_000 {
+            let Some(request) = self.world.grants.keys().next().copied() else {
+                match self.world.queue.next_timer() {
+                    Some(next) => self.world.pass(next - self.world.now),
+                    None => break,
+                }
+                continue;
+            };
+            self.world.finish(request);
+        }
+        let World { queue, tickets, grants, .. } = &self.world;
+        assert!(tickets.is_empty(), "{} wait for ever", tickets.len());
+        assert!(grants.is_empty());
+        assert_eq!((queue.waiting, queue.reserved_tokens(), queue.next_timer()), (0, 0, None));
+    }
+
+    fn check(&self) {
+        let World { queue, tickets, .. } = &self.world;
+        assert!(queue.ready.is_empty() && queue.opened.is_empty(), "between two pumps everyone stands somewhere");
+        self.check_flows();
+        self.check_tenants();
+        (0..queue.limits.len()).map(LimitId).for_each(|id| self.check_limit(id));
+        let timers: BTreeSet<(Instant, LimitId)> =
+            queue.limits.iter().zip(0..).filter_map(|(limit, id)| Some((limit.timer?, LimitId(id)))).collect();
+        assert_eq!(queue.timers, timers);
+        for (request, ticket) in tickets {
+            assert!(queue.flows[ticket.flow.0].waiters.contains_key(&Rank(*request)), "{request} has a place");
+        }
+        let retries = tickets.keys().filter(|request| self.facts[request].again).count();
+        assert!(queue.waiting <= queue.rules.max_waiting + retries, "only retries pass max_waiting");
+    }
+
+    fn check_flows(&self) {
+        let World { queue, tickets, grants, .. } = &self.world;
+        let waiting: usize = queue.flows.iter().map(|flow| flow.waiters.len()).sum();
+        assert_eq!((queue.waiting, tickets.len()), (waiting, waiting));
+        let reserved: u64 = grants.values().map(|grant| grant.cost().tokens()).sum();
+        assert_eq!(queue.reserved_tokens, reserved);
+        for (id, flow) in queue.flows.iter().enumerate() {
+            let under_way = grants.values().filter(|grant| grant.flow == FlowId(id)).count();
+            assert_eq!(flow.in_flight as usize, under_way);
+            assert_eq!(flow.waiters.is_empty(), flow.place == Place::Empty, "who waits is parked");
+            let load = flow.waiters.values().map(|waiter| Load::one(waiter.cost.tokens()));
+            assert_eq!(flow.load, load.fold(Load::default(), Load::plus));
+            if let Place::Parked(at) = flow.place {
+                assert!(flow.path.contains(&at));
+            }
+        }
+    }
+
+    fn check_tenants(&self) {
+        let queue = &self.world.queue;
+        for (tenant, _) in &self.tenants {
+            let Some(id) = queue.fair.known(*tenant) else { continue };
+            let share = queue.fair.share(id);
+            let own = || queue.flows.iter().enumerate().filter(|(_, flow)| flow.tenant == id);
+            assert_eq!(share.waiting, own().map(|(_, flow)| flow.waiters.len() as u64).sum::<u64>());
+            let backlog: BTreeSet<FlowId> =
+                own().filter(|(_, flow)| !flow.waiters.is_empty()).map(|(id, _)| FlowId(id)).collect();
+            assert_eq!(share.backlog, backlog);
+            let parked_at: BTreeSet<LimitId> = own().filter_map(|(_, flow)| parked_at(flow.place)).collect();
+            assert_eq!(share.held_up_at.iter().copied().collect::<BTreeSet<_>>(), parked_at);
+            assert_eq!(share.held_up_at.len(), parked_at.len(), "each limit once");
+            assert_eq!(queue.fair.is_backlogged(id), share.waiting > 0);
+        }
+    }
+
+    fn check_limit(&self, at: LimitId) {
+        let World { queue, now, .. } = &self.world;
+        let limit = &queue.limits[at.0];
+        let parked: Vec<FlowId> = (0..queue.flows.len())
+            .map(FlowId)
+            .filter(|flow| parked_at(queue.flows[flow.0].place) == Some(at))
+            .collect();
+        self.check_sums(at, &parked);
+        let in_line = |flow: &FlowId| limit.line.flows_of(queue.flows[flow.0].tenant).any(|other| other == *flow);
+        let (in_line, aside): (Vec<FlowId>, Vec<FlowId>) = parked.iter().copied().partition(in_line);
+        self.check_saver(at, &aside);
+        let first = in_line.iter().map(|flow| self.head(*flow)).min_by_key(|(head, of_tenant)| {
+            // By tenant, and of a tenant whoever came first.
+            (head.counter, *of_tenant, head.tenant, head.rank)
+        });
+        let first = first.map(|(head, _)| head.flow);
+        assert_eq!(limit.line.first().map(|head| head.flow), first, "the fair order");
+        let need = first.map(|flow| queue.need_of(flow).expect("who is parked waits"));
+        let with_room = need.into_iter().chain(limit.saver.map(|saver| saver.need));
+        for need in with_room {
+            assert!(!limit.has_room(need, *now), "{limit}: a wake-up is lost");
+        }
+        if !parked.is_empty() {
+            let wanted = limit.next_look(need, *now);
+            assert!(wanted.is_none_or(|at| limit.timer.is_some_and(|timer| timer <= at)), "looked at in time");
+        } else {
+            assert_eq!(limit.timer, None, "nobody waits for it");
+        }
+        self.check_slots(at);
+    }
+
+    /// A parked flow, and the rank of the first of its tenant's flows in line at the same limit.
+    fn head(&self, flow: FlowId) -> (Head, Rank) {
+        let queue = &self.world.queue;
+        let rank_of = |flow: FlowId| *queue.flows[flow.0].waiters.first_key_value().expect("who is parked waits").0;
+        let head = queue.head(flow, rank_of(flow));
+        let at = parked_at(queue.flows[flow.0].place).expect("it is parked");
+        let of_tenant = queue.limits[at.0].line.flows_of(head.tenant).map(rank_of).min();
+        (head, of_tenant.expect("it stands in line"))
+    }
+
+    fn check_sums(&self, at: LimitId, parked: &[FlowId]) {
+        let queue = &self.world.queue;
+        let line = &queue.limits[at.0].line;
+        let mut loads: BTreeMap<TenantId, Load> = BTreeMap::new();
+        for flow in parked.iter().map(|flow| &queue.flows[flow.0]) {
+            let load = loads.entry(flow.tenant).or_default();
+            *load = load.plus(flow.load);
+        }
+        assert_eq!(line.load(), loads.values().copied().fold(Load::default(), Load::plus));
+        let weight = |tenant: TenantId| u64::from(queue.fair.share(tenant).weight.thousandths());
+        let weights: u64 = loads.keys().map(|tenant| weight(*tenant)).sum();
+        for (tenant, load) in &loads {
+            assert_eq!(line.load_of(*tenant), *load);
+            assert_eq!(line.weights_without(*tenant), weights - weight(*tenant));
+        }
+        assert_eq!(line.is_empty(), parked.is_empty());
+    }
+
+    /// Only whoever saves, and its model's others, are set aside.
+    fn check_saver(&self, at: LimitId, aside: &[FlowId]) {
+        let queue = &self.world.queue;
+        let Some(saver) = queue.limits[at.0].saver else {
+            assert!(aside.is_empty(), "nobody is set aside for ever");
+            return;
+        };
+        assert!(aside.contains(&saver.need.flow), "who saves stands aside");
+        assert_eq!(queue.need_of(saver.need.flow).map(|need| need.tokens), Some(saver.need.tokens));
+        assert!(aside.iter().all(|flow| queue.flows[flow.0].model == saver.need.model));
+    }
+
+    fn check_slots(&self, at: LimitId) {
+        let World { queue, grants, .. } = &self.world;
+        let Measure::Concurrency(slots) = &queue.limits[at.0].measure else { return };
+        let holding = grants.values().filter(|grant| queue.path_of(grant).contains(&at)).count();
+        assert_eq!(slots.in_use() as usize, holding);
+        assert!(queue.limits[at.0].mode == Mode::Observe || holding <= slots.limit() as usize);
+    }
+}
+
+fn parked_at(place: Place) -> Option<LimitId> {
+    if let Place::Parked(at) = place { Some(at) } else { None }
+}
+
+fn measures(rng: &mut SmallRng, start: Instant) -> Vec<Measure> {
+    let mut measures = Vec::new();
+    let rates = ["60/min", "5/s", "100/s", "10000/s"];
+    if rng.random_bool(0.3) {
+        let rate = Rate::parse(rates[rng.random_range(0..3)]).expect("a rate");
+        measures.push(Measure::Requests(Bucket::new(rate.with_burst(rng.random_range(1..5)), start)));
+    }
+    if rng.random_bool(0.4) {
+        let rate = Rate::parse(rates[rng.random_range(1..4)]).expect("a rate");
+        measures.push(Measure::Tokens(Bucket::of_guesses(rate.with_burst(rng.random_range(10..300)), start)));
+    }
+    if rng.random_bool(0.4) {
+        measures.push(Measure::Concurrency(Slots::new(rng.random_range(1..4))));
+    }
+    measures
+}
+
+fn mode(rng: &mut SmallRng) -> Mode {
+    if rng.random_bool(0.2) { Mode::Observe } else { Mode::Enforce }
+}
+
+fn pick<'k>(rng: &mut SmallRng, keys: impl ExactSizeIterator<Item = &'k u64>) -> Option<u64> {
+    let count = keys.len();
+    (count > 0).then(|| *keys.into_iter().nth(rng.random_range(0..count)).expect("within the count"))
+}
+
+#[test]
+fn whatever_happens_the_queue_is_as_a_slow_reading_of_its_rules_says() {
+    let seeds = std::env::var("WEIR_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(100);
+    for seed in 0..seeds {
+        let mut history = History::new(seed);
+        let played = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            for _ in 0..400 {
+                history.step();
+                history.check();
+            }
+            history.run_dry();
+            history.check();
+        }));
+        assert!(played.is_ok(), "seed {seed}");
+    }
+}
