@@ -24,7 +24,7 @@ pub struct Client {
     /// By which it is known.
     pub key: Secret,
     pub weight: Weight,
-    /// In place of `queue.max_wait`, where it is shorter.
+    /// In place of `queue.max_wait`.
     pub max_wait: Option<Duration>,
     /// On top of the others.
     pub limits: LimitTable,

@@ -176,12 +176,14 @@ impl Proxy {
         let mut tries =
             Tries { retries: 0, by_client: call.by_client, timed_out: false, repeatable: call.is_repeatable() };
         let mut last: Option<Result<Answer, Failure>> = None;
-        self.shared.policy.first_attempt(Instant::now());
         loop {
             let permit = match self.admit(applicant, ledger).await {
                 Ok(permit) => permit,
                 Err(refusal) => return last.map_or(Err(refusal), given_up),
             };
+            if ledger.attempts() == 0 {
+                self.shared.policy.first_attempt(Instant::now());
+            }
             let tried = self.attempt(&mut call, permit, ledger).await;
             if tried.option_refused {
                 // That is between weir and the gateway: no retry, and not for the client to see.
