@@ -51,6 +51,9 @@ pub struct FlowId(pub(super) usize);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LimitId(pub(super) usize);
 
+/// Promises to fewer tenants are not worth looking through.
+const MIN_SWEEP: usize = 64;
+
 /// What is limited.
 pub enum Measure {
     /// How many may start.
@@ -90,6 +93,8 @@ pub struct Limit {
     pub timer: Option<Instant>,
     /// What the refused were told, for each tenant: it has its own share.
     promises: BTreeMap<TenantId, Promises>,
+    /// When there are so many, void ones are forgotten.
+    promises_before_sweep: usize,
     /// What has passed in all: tokens of a limit of tokens, else requests.
     passed: u64,
 }
@@ -105,6 +110,7 @@ impl Limit {
             saver: None,
             timer: None,
             promises: BTreeMap::new(),
+            promises_before_sweep: MIN_SWEEP,
             passed: 0,
         }
     }
@@ -276,7 +282,10 @@ impl Limit {
     /// When the next one of this tenant who is refused should come back, if not before `earliest`; `takes` is how long the
     /// tenant's share of the limit takes for it.
     pub fn promise(&mut self, tenant: TenantId, earliest: Instant, takes: Duration, now: Instant) -> Instant {
-        self.promises.retain(|other, promises| *other == tenant || !promises.are_void(now));
+        if self.promises.len() >= self.promises_before_sweep {
+            self.promises.retain(|other, promises| *other == tenant || !promises.are_void(now));
+            self.promises_before_sweep = MIN_SWEEP.max(2 * self.promises.len());
+        }
         self.promises.entry(tenant).or_default().promise(earliest, takes)
     }
 

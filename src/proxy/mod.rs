@@ -278,7 +278,7 @@ impl Proxy {
         let outcome = match refused_by(failure.cause) {
             Some(by) => {
                 ledger.refused(by);
-                tracing::debug!(code = failure.cause.code(), message = %failure, "refused");
+                tracing::debug!(refused_by = by.label(), code = failure.cause.code(), message = %failure, "refused");
                 Outcome::Refused
             }
             None if failure.cause.is_clients_fault() => Outcome::ClientError,
