@@ -45,11 +45,8 @@ pub struct Bucket {
 impl Bucket {
     /// A full bucket.
     pub fn new(rate: Rate, now: Instant) -> Self {
-        let quota = Quota::with_period(rate.interval()).expect("an interval is never 0");
-        let quota = quota.allow_burst(NonZeroU32::new(rate.burst).unwrap_or(NonZeroU32::MIN));
         let (tat, clock) = (Tat::default(), GivenClock::default());
-        // The clock reads 0 now, so that TATs count from `epoch`, whatever limiter reads them.
-        let limiter = RateLimiter::new(quota, tat.clone(), clock.clone());
+        let limiter = limiter(rate, &tat, &clock);
         Self { limiter, tat, clock, rate, epoch: now, slack: Slack::default(), guesses: false }
     }
 
@@ -60,6 +57,24 @@ impl Bucket {
     /// that is full stays full, so a burst that holds less than a few requests costs rate all the same.
     pub fn of_guesses(rate: Rate, now: Instant) -> Self {
         Self { guesses: true, ..Self::new(rate, now) }
+    }
+
+    /// Changes the rate and the burst. How many cells are lacking stays, as far as the new burst can lack them or they are
+    /// debt: nobody gets a second burst by a change, and none is lost.
+    pub fn set_rate(&mut self, rate: Rate, now: Instant) {
+        let (before, now) = (self.rate, self.nanos(now));
+        // The time for a cell has changed by this.
+        let rescale = |nanos: u64| {
+            let nanos = u128::from(nanos) * rate.period.as_nanos() * u128::from(before.count)
+                / (before.period.as_nanos() * u128::from(rate.count));
+            u64::try_from(nanos).unwrap_or(FAR).min(FAR)
+        };
+        self.tat.update(|tat| if tat > now { now + rescale(tat - now) } else { tat });
+        self.slack.rescale(rescale);
+        // A clock that reads 0 while the limiter is made, so that TATs go on counting from `epoch`.
+        self.clock.set(0);
+        self.limiter = limiter(rate, &self.tat, &self.clock);
+        self.rate = rate;
     }
 
     /// The rate it refills at.
@@ -186,6 +201,13 @@ impl Bucket {
     fn nanos(&self, at: Instant) -> u64 {
         u64::try_from(at.saturating_duration_since(self.epoch).as_nanos()).unwrap_or(u64::MAX)
     }
+}
+
+/// A limiter of governor's over that state, made while the clock reads 0.
+fn limiter(rate: Rate, tat: &Tat, clock: &GivenClock) -> RateLimiter<NotKeyed, Tat, GivenClock, NoOpMiddleware<Nanos>> {
+    let quota = Quota::with_period(rate.interval()).expect("an interval is never 0");
+    let quota = quota.allow_burst(NonZeroU32::new(rate.burst).unwrap_or(NonZeroU32::MIN));
+    RateLimiter::new(quota, tat.clone(), clock.clone())
 }
 
 /// The theoretical arrival time in nanoseconds since the bucket's epoch; 0 means that nothing was ever taken.
@@ -374,6 +396,20 @@ mod tests {
     }
 
     #[test]
+    fn a_change_of_rate_keeps_what_is_lacking() {
+        let rate = |text: &str, burst| Rate::parse(text).expect("a rate").with_burst(burst);
+        let mut it = Numbered::new("10/s", 10);
+        assert!(it.take(8, it.start).is_some());
+        it.bucket.set_rate(rate("100/s", 10), it.start);
+        assert_eq!((it.bucket.remaining(it.start), it.available_at(3, it.start)), (2, 10));
+        it.bucket.set_rate(rate("1/s", 20), it.start);
+        assert_eq!(it.bucket.remaining(it.start), 12, "eight of twenty are lacking");
+        it.owe(30, it.start);
+        it.bucket.set_rate(rate("10/s", 5), it.start);
+        assert_eq!(it.available_at(1, it.start), 3400, "38 are lacking, of which the burst may lack four");
+    }
+
+    #[test]
     fn a_late_timer_costs_no_rate_and_a_long_pause_gives_no_credit_beyond_the_burst() {
         let mut it = Numbered::new("100/s", 1);
         let (start, mut now) = (it.start, it.start);
@@ -417,6 +453,11 @@ mod tests {
                 if let Some(charge) = it.take(guess, now) {
                     under_way.push((guess, truth, charge));
                     used.push((millis, truth, truth.saturating_sub(guess)));
+                }
+                if rng.random_bool(0.02) {
+                    // Up to the rate and the burst that the bound is stated for.
+                    let rate = Rate { count: rng.random_range(100..=1000), ..it.bucket.rate() };
+                    it.bucket.set_rate(rate.with_burst(rng.random_range(200..=500)), now);
                 }
                 while !under_way.is_empty() && rng.random_bool(0.4) {
                     let (guess, truth, charge) = under_way.swap_remove(rng.random_range(0..under_way.len()));

@@ -36,6 +36,13 @@ impl Slack {
         }
     }
 
+    /// The time for what a bucket is short of has changed.
+    pub fn rescale(&mut self, rescale: impl Fn(u64) -> u64) {
+        for (_, least) in &mut self.minima {
+            *least = rescale(*least);
+        }
+    }
+
     /// How much of `wanted` counts when it is given back of that charge; from then on the bucket is less short by as much.
     pub fn give_back(&mut self, charge: ChargeNo, wanted: u64) -> u64 {
         let later = self.minima.partition_point(|(at, _)| *at <= charge);

@@ -33,6 +33,11 @@ impl Slots {
         self.limit
     }
 
+    /// Changes how many there are; never 0. More may be taken than there are then, and none is until enough came back.
+    pub fn set_limit(&mut self, limit: u32) {
+        self.limit = limit.max(1);
+    }
+
     /// How many are taken.
     pub fn in_use(&self) -> u32 {
         self.in_use
@@ -95,6 +100,18 @@ mod tests {
         assert!(!slots.has_room());
         slots.give_back(Duration::from_secs(1));
         assert_eq!((slots.has_room(), slots.in_use(), slots.limit()), (true, 1, 2));
+    }
+
+    #[test]
+    fn there_can_be_fewer_than_are_taken() {
+        let mut slots = Slots::new(3);
+        (0..3).for_each(|_| slots.take());
+        slots.set_limit(1);
+        assert_eq!((slots.has_room(), slots.beyond()), (false, 2));
+        (0..2).for_each(|_| slots.give_back(Duration::from_secs(1)));
+        assert!(!slots.has_room());
+        slots.give_back(Duration::from_secs(1));
+        assert!(slots.has_room());
     }
 
     #[test]
