@@ -6,7 +6,7 @@ use http_body_util::Full;
 use tokio::task::JoinHandle;
 
 use crate::gateway::{Seen, Step, answer, completion};
-use crate::world::{Answer, CHAT, World, chat, request, with};
+use crate::world::{Answer, CHAT, World, bearer, chat, request, with};
 
 const TWO_CLIENTS: &str = r#"
     [upstream]
@@ -19,10 +19,6 @@ const TWO_CLIENTS: &str = r#"
 
 /// Room for a megabyte of bodies.
 const SMALL_MEMORY: &str = "[queue]\nmax_bytes = \"1MiB\"\n";
-
-fn bearer(request: Request<Full<Bytes>>, key: &str) -> Request<Full<Bytes>> {
-    with(request, "authorization", &format!("Bearer {key}"))
-}
 
 /// A chat request with a body of so many kilobytes and a bit.
 fn long_chat(kilobytes: usize) -> Request<Full<Bytes>> {

@@ -360,6 +360,18 @@ pub fn completion() -> Vec<Step> {
     )
 }
 
+/// A JSON answer.
+pub fn json(body: &str) -> Vec<Step> {
+    answer(200, &[("content-type", "application/json")], body)
+}
+
+/// A chat completion that cost so many tokens.
+pub fn costs(prompt: u64, completion: u64) -> Vec<Step> {
+    json(&format!(
+        r#"{{"choices":[{{"message":{{"content":"fine"}}}}],"usage":{{"prompt_tokens":{prompt},"completion_tokens":{completion}}}}}"#
+    ))
+}
+
 /// An error in OpenAI's shape.
 pub fn error(status: u16, headers: &[(&str, &str)]) -> Vec<Step> {
     let mut all = vec![("content-type", "application/json")];

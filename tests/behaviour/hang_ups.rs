@@ -6,7 +6,7 @@ use http_body_util::BodyExt as _;
 use tokio::io::AsyncWriteExt as _;
 
 use crate::gateway::{Step, event, stream_head};
-use crate::world::{CHAT, STREAM, World, chat};
+use crate::world::{CHAT, STREAM, World, chat, over_http2};
 
 fn disconnects(world: &World, phase: &str) -> f64 {
     world.metric(&format!(r#"weir_client_disconnects_total{{phase="{phase}"}}"#))
@@ -101,10 +101,7 @@ async fn an_http2_request_that_is_dropped_in_the_queue_gives_its_place_up() {
 }
 
 fn chat_h2() -> http::Request<http_body_util::Full<bytes::Bytes>> {
-    let mut request = chat(STREAM);
-    *request.uri_mut() = "http://weir.test/v1/chat/completions".parse().expect("a URL");
-    request.headers_mut().remove("host");
-    request
+    over_http2(chat(STREAM))
 }
 
 #[tokio::test(start_paused = true)]

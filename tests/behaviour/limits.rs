@@ -2,28 +2,13 @@
 
 use std::time::Duration;
 
-use futures::join_all;
-
 use crate::gateway::{Step, answer, completion, event, stream_head};
-use crate::world::{CHAT, World, chat, with};
-
-/// What the tests need of waiting for several things at once.
-mod futures {
-    use tokio::task::JoinHandle;
-
-    pub async fn join_all<T>(tasks: Vec<JoinHandle<T>>) -> Vec<T> {
-        let mut all = Vec::new();
-        for task in tasks {
-            all.push(task.await.expect("no task panics"));
-        }
-        all
-    }
-}
+use crate::world::{CHAT, World, chat, join_all, with};
 
 #[tokio::test(start_paused = true)]
 async fn a_small_burst_waits_and_is_not_refused() {
     let world = World::new("[limits]\nrequests = { rate = \"10/s\", burst = 2 }\n", |_| completion());
-    let answers = join_all((0..6).map(|_| world.spawn(chat(CHAT))).collect()).await;
+    let answers = join_all((0..6).map(|_| world.spawn(chat(CHAT)))).await;
     assert!(answers.iter().all(|answer| answer.status == 200));
     assert_eq!(world.times(), [0, 0, 100, 200, 300, 400]);
     world.assert_nothing_held();
@@ -125,7 +110,7 @@ async fn a_model_has_its_own_limits_and_the_star_stands_for_each_unnamed_one() {
 async fn replicas_share_the_quota() {
     let config = "[limits]\nrequests = { rate = \"10/s\", burst = 2 }\nconcurrency = 4\nreplicas = 2\n";
     let world = World::new(config, |_| completion());
-    join_all((0..4).map(|_| world.spawn(chat(CHAT))).collect()).await;
+    join_all((0..4).map(|_| world.spawn(chat(CHAT)))).await;
     assert_eq!(world.times(), [0, 200, 400, 600]);
     assert_eq!(world.metric(r#"weir_limit_remaining{scope="global",name="",unit="concurrency"}"#), 2.0);
 }

@@ -11,4 +11,6 @@ mod metering;
 mod retries;
 mod simulation;
 mod timeouts;
+mod tokens;
 mod transparency;
+mod usage_option;

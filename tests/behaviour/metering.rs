@@ -8,7 +8,7 @@ use http_body_util::{BodyExt as _, Full};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 
-use crate::gateway::{Seen, Step, answer, chunk, completion, done, error, event, stream_head};
+use crate::gateway::{Seen, Step, answer, chunk, completion, done, error, event, json, stream_head};
 use crate::world::{STREAM, World, chat, collect, request};
 
 const MODEL: &str = "gpt-4.1-mini";
@@ -22,10 +22,6 @@ fn tokens(world: &World) -> [f64; 4] {
 fn histogram(world: &World, name: &str) -> (f64, u64) {
     let of = |suffix: &str| world.metric(&format!(r#"weir_{name}_seconds_{suffix}{{model="{MODEL}"}}"#));
     (of("count"), (of("sum") * 1000.0).round() as u64)
-}
-
-fn json(body: &str) -> Vec<Step> {
-    answer(200, &[("content-type", "application/json")], body)
 }
 
 fn wait(millis: u64) -> Step {

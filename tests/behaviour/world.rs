@@ -258,6 +258,21 @@ impl World {
         (gauge("weir_in_flight"), gauge("weir_waiting"))
     }
 
+    /// What is left of a limit, as in `("global", "", "tokens")`.
+    pub fn remaining(&self, (scope, name, unit): (&str, &str, &str)) -> f64 {
+        self.metric(&format!(r#"weir_limit_remaining{{scope="{scope}",name="{name}",unit="{unit}"}}"#))
+    }
+
+    /// What is left of `limits.tokens`.
+    pub fn remaining_tokens(&self) -> f64 {
+        self.remaining(("global", "", "tokens"))
+    }
+
+    /// What requests under way are estimated to cost.
+    pub fn reserved_tokens(&self) -> f64 {
+        self.metric("weir_reserved_tokens")
+    }
+
     /// Waits, without time passing, until everything that is ready to run has run.
     pub async fn settle(&self) {
         for _ in 0..100 {
@@ -273,6 +288,7 @@ impl World {
             assert_eq!((model.in_flight, model.waiting), (0, 0), "of model {}", model.model);
         }
         assert_eq!(gauges.buffered_bytes, 0, "bytes of request bodies");
+        assert_eq!(gauges.reserved_tokens, 0, "tokens of requests under way");
         assert_eq!(gauges.connections_active, 0, "connections to the gateway");
     }
 
@@ -300,6 +316,40 @@ pub fn chat(body: &str) -> Request<Full<Bytes>> {
 pub fn request(method: Method, target: &str, body: &str) -> Request<Full<Bytes>> {
     let request = Request::builder().method(method).uri(target).header("host", "weir.test");
     request.header("content-type", "application/json").body(Full::from(body.to_owned())).expect("a request")
+}
+
+/// A chat request that weir estimates at so many tokens of prompt and of output, as long as the model's answers teach it
+/// nothing else.
+pub fn costing(prompt: usize, output: u64) -> Request<Full<Bytes>> {
+    chat(&body_of("gpt-4.1-mini", prompt, &format!(r#""max_tokens":{output}"#)))
+}
+
+/// A body with these members, of four bytes for each token.
+pub fn body_of(model: &str, prompt: usize, members: &str) -> String {
+    let around = |text: &str| format!(r#"{{"model":"{model}",{members},"input":"{text}"}}"#);
+    let padding = (4 * prompt).checked_sub(around("").len()).expect("the prompt is too short for its body");
+    around(&"x".repeat(padding))
+}
+
+/// The request with this key.
+pub fn bearer(request: Request<Full<Bytes>>, key: &str) -> Request<Full<Bytes>> {
+    with(request, "authorization", &format!("Bearer {key}"))
+}
+
+/// The request as one of an HTTP/2 connection.
+pub fn over_http2(mut request: Request<Full<Bytes>>) -> Request<Full<Bytes>> {
+    *request.uri_mut() = format!("http://weir.test{}", request.uri().path()).parse().expect("a URL");
+    request.headers_mut().remove("host");
+    request
+}
+
+/// What all these tasks come to.
+pub async fn join_all<T>(tasks: impl IntoIterator<Item = JoinHandle<T>>) -> Vec<T> {
+    let mut all = Vec::new();
+    for task in tasks.into_iter().collect::<Vec<_>>() {
+        all.push(task.await.expect("no task panics"));
+    }
+    all
 }
 
 /// The request with one more header.
