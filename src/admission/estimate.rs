@@ -28,7 +28,7 @@ const ANSWERS: usize = 64;
 const TOKENS_PER_EMBEDDED: u64 = 1000;
 
 /// No single request is believed to cost more.
-const MOST: u64 = 50_000_000;
+pub const MOST: u64 = 50_000_000;
 
 /// The newest first byte weighs 1 in so many.
 const FIRST_BYTE_WEIGHT: u32 = 8;

@@ -381,9 +381,9 @@ impl Permit {
         self.used = Used::Refused;
     }
 
-    /// So many tokens were used.
+    /// So many tokens were used; more than [`estimate::MOST`] are not believed, since they would close the gate for ages.
     pub fn used(&mut self, tokens: u64) {
-        self.used = Used::Tokens(tokens);
+        self.used = Used::Tokens(tokens.min(estimate::MOST));
     }
 
     /// Why the limits in observe mode would have refused this request, each reason once.

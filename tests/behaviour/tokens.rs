@@ -379,6 +379,18 @@ async fn an_absurd_number_is_neither_free_nor_a_lock_out() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_absurd_usage_is_no_lock_out_for_ever() {
+    let most = u64::MAX;
+    let config = "[limits]\ntokens = { rate = \"1000000/s\", burst = 1000 }\n";
+    let world = World::new(config, move |seen| if seen.number == 0 { costs(most, most) } else { costs(50, 50) });
+    assert_eq!(world.send(costing(50, 50)).await.status, 200);
+    let next = world.send(costing(50, 50)).await;
+    assert_eq!(next.status, 200, "{}", next.text());
+    assert_eq!(world.elapsed(), 50_000, "fifty million are believed, and no more");
+    world.assert_nothing_held();
+}
+
+#[tokio::test(start_paused = true)]
 async fn an_empty_bucket_does_not_hold_up_what_costs_no_tokens() {
     let world = World::new(RATE, |_| costs(950, 2050));
     assert_eq!(world.send(costing(950, 50)).await.status, 200);
