@@ -207,6 +207,11 @@ impl Relay {
         }
         let cost = permit.cost();
         match (self.meter.usage(), &self.meter.format) {
+            // A Messages stream begins with a usage, which counts hardly anything of what follows.
+            (Some(usage), Format::Events { .. }) if !whole => {
+                self.ledger.used(usage);
+                permit.used(usage.quota().max(usage.counted.saturating_add(self.meter.output())));
+            }
             (Some(usage), _) => {
                 self.ledger.used(usage);
                 permit.answered(usage);

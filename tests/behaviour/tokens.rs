@@ -188,6 +188,19 @@ async fn a_stream_that_breaks_off_costs_its_prompt_and_what_came() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_messages_stream_that_breaks_off_costs_what_came_though_it_began_with_a_usage() {
+    let world = World::new(ONE_TRY, |_| {
+        let start = r#"data: {"type":"message_start","message":{"usage":{"input_tokens":45,"output_tokens":1}}}"#;
+        let words = format!(r#"data: {{"type":"content_block_delta","delta":{{"text":"{}"}}}}"#, "x".repeat(400));
+        let [start, words] = [start, &words].map(|text| chunk(&format!("{text}\n\n")));
+        vec![stream_head(), start, words, Step::Close]
+    });
+    world.send(to("/v1/messages", r#""stream":true,"max_tokens":500"#)).await;
+    assert_eq!(used(&world), 45.0 + 100.0);
+    world.assert_nothing_held();
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_leaves_or_is_left_before_the_head_pays_for_the_prompt() {
     let config = format!("{ONE_TRY}[timeouts]\nresponse = \"1s\"\n");
     let world = World::new(&config, |_| vec![Step::Stall]);
