@@ -6,7 +6,7 @@
 //! counter for each tenant, whatever models it uses; limits decide only who is eligible now.
 //!
 //! **No credit for idling**: who comes back begins where the others are. **No endless credit for being held up**: one whom a
-//! limit of its own holds up while others are served falls behind them by at most [`MAX_LAG`]; what it could catch up on
+//! limit of its own holds up while others are served falls behind them by at most `MAX_LAG`; what it could catch up on
 //! without that bound would keep everybody else out for as long as it was held up.
 
 use std::collections::{BTreeSet, HashMap};
@@ -185,7 +185,7 @@ impl FairClock {
     }
 
     /// The one that lags furthest behind, if that is too far: it is set forward, and its places have to be told. Not at
-    /// each step of the clock, but when it has fallen behind by another [`MAX_LAG`].
+    /// each step of the clock, but when it has fallen behind by another `MAX_LAG`.
     pub fn set_forward(&mut self) -> Option<TenantId> {
         let (counter, id) = self.backlogged.first().copied()?;
         if counter.plus(MAX_LAG).plus(MAX_LAG) >= self.now {

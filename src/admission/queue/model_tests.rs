@@ -1,4 +1,6 @@
 //! The queue against a slow reading of its own rules, after every step of a random history.
+//!
+//! `WEIR_MODEL_SEEDS=3000 cargo test --lib model_tests` plays more of them.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -368,7 +370,7 @@ fn pick<'k>(rng: &mut SmallRng, keys: impl ExactSizeIterator<Item = &'k u64>) ->
 
 #[test]
 fn whatever_happens_the_queue_is_as_a_slow_reading_of_its_rules_says() {
-    let seeds = std::env::var("WEIR_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(100);
+    let seeds = std::env::var("WEIR_MODEL_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(100);
     for seed in 0..seeds {
         let mut history = History::new(seed);
         let played = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
