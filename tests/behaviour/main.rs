@@ -5,6 +5,7 @@ mod world;
 
 mod clients;
 mod edge;
+mod fairness;
 mod hang_ups;
 mod limits;
 mod metering;
