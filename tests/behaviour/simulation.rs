@@ -27,6 +27,8 @@ const REQUESTS_PER_CLIENT: usize = 30;
 /// Of eight clients, so many share HTTP/2 connections; the others have HTTP/1.1 connections of their own.
 const HTTP2_OF_EIGHT: usize = 3;
 
+const ADDRESSES: usize = 5;
+
 /// No client waits longer than this for its answers, all together.
 const LONGEST: Duration = Duration::from_secs(900);
 
@@ -87,14 +89,17 @@ async fn play(seed: u64) -> Story {
     let tape = Arc::new(Tape::new(seed));
     let world = World::new(&rules.config(), tape.script());
     let mut shared = Vec::new();
-    for _ in 0..HTTP2_OF_EIGHT {
-        shared.push(world.http2().await);
+    for number in 0..HTTP2_OF_EIGHT {
+        shared.push(world.seen_from(&address(number)).http2().await);
     }
     let clients: Vec<_> = (0..CLIENTS)
         .map(|number| {
             let line = shared.get(number % 8).map_or(Line::Http1(None), |shared| Line::Http2(shared.clone()));
             let rng = SmallRng::seed_from_u64(seed.wrapping_mul(1000) + number as u64);
-            tokio::spawn(Client::new(number, world.clone(), tape.clone(), rng, line).run(REQUESTS_PER_CLIENT))
+            tokio::spawn(
+                Client::new(number, world.seen_from(&address(number)), tape.clone(), rng, line)
+                    .run(REQUESTS_PER_CLIENT),
+            )
         })
         .collect();
     drop(shared);
@@ -112,6 +117,11 @@ async fn play(seed: u64) -> Story {
     tokio::time::sleep(AFTERMATH).await;
     let retries = retries.lock().expect("nobody panics with it").clone();
     Story { world, rules, tape, records, retries }
+}
+
+/// Where a client connects from: of each address there are several.
+fn address(client: usize) -> String {
+    format!("10.0.0.{}", 1 + client % ADDRESSES)
 }
 
 /// At times a few connections are refused, at times none is made before weir has lost patience.

@@ -16,8 +16,8 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::fates::Tape;
-use super::rules::MODELS;
-use crate::world::{World, request, with};
+use super::rules::{CLIENTS, MODELS};
+use crate::world::{World, bearer, over_http2, request, with};
 
 /// What is asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -212,9 +212,13 @@ impl Client {
         let metered = matches!(kind, Kind::Json | Kind::Stream);
         let mut request = request(method, path, &body);
         if let Line::Http2(_) = self.line {
-            *request.uri_mut() = format!("http://weir.test{path}").parse().expect("a URL");
-            request.headers_mut().remove("host");
+            request = over_http2(request);
         }
+        // Where weir knows no names, the key means nothing.
+        let name_of_client = CLIENTS[self.number % CLIENTS.len()];
+        let known = self.rng.random_bool(0.98);
+        let request = bearer(request, &if known { format!("sk-{name_of_client}") } else { "sk-unknown".to_owned() });
+        let request = with(request, "x-test-client", name_of_client);
         let request = with(with(request, "x-test-id", id), "x-test-kind", name);
         with(request, "x-test-model", if metered { model } else { "-" })
     }

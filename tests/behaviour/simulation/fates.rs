@@ -47,6 +47,7 @@ pub struct Attempt {
     pub id: String,
     pub kind: Kind,
     pub model: String,
+    pub client: String,
     pub at: Instant,
     /// Its place in the order of everything that happened.
     pub order: u64,
@@ -61,6 +62,11 @@ impl Attempt {
     /// Whether weir must take the connection for one that had gone stale in the pool.
     pub fn looks_stale(&self) -> bool {
         self.reused && matches!(self.fate, Fate::Closed | Fate::HalfHead)
+    }
+
+    /// Whether weir may have taken the error for one that its own wish for the usage has caused.
+    pub fn may_be_for_the_option(&self) -> bool {
+        self.kind == Kind::Stream && self.fate == Fate::ClientError
     }
 }
 
@@ -99,11 +105,13 @@ impl Tape {
         let (id, kind) = (header("x-test-id"), Kind::named(&header("x-test-kind")));
         let mut rng = SmallRng::seed_from_u64(self.seed.wrapping_mul(1_000_003) + seen.number as u64);
         let fate = choose(kind, &mut rng);
-        let (steps, body) = Composer { rng, id: &id, kind, number: seen.number }.compose(fate);
+        let asked = String::from_utf8_lossy(&seen.body).contains("include_usage");
+        let (steps, body) = Composer { rng, id: &id, kind, asked, number: seen.number }.compose(fate);
         let attempt = Attempt {
             id,
             kind,
             model: header("x-test-model"),
+            client: header("x-test-client"),
             at: seen.at,
             order: self.tick(),
             fate,
@@ -157,6 +165,8 @@ struct Composer<'a> {
     rng: SmallRng,
     id: &'a str,
     kind: Kind,
+    /// For the stream's usage: by weir, since no client does.
+    asked: bool,
     number: usize,
 }
 
@@ -264,12 +274,15 @@ impl Composer<'_> {
     }
 
     fn stream(&mut self, steps: &mut Vec<Step>) -> Vec<u8> {
-        let mut text = self.events().concat();
-        text.push_str("data: [DONE]\n\n");
+        const DONE: &str = "data: [DONE]\n\n";
+        const USAGE: &str = "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":7,\"completion_tokens\":3}}\n\n";
+        let text = self.events().concat();
+        let usage = if self.asked { USAGE } else { "" };
         self.stream_head(steps);
-        self.pieces(text.as_bytes(), steps);
+        self.pieces(format!("{text}{usage}{DONE}").as_bytes(), steps);
         steps.push(Step::Send(b"0\r\n\r\n".to_vec()));
-        text.into_bytes()
+        // That is not for the client.
+        format!("{text}{DONE}").into_bytes()
     }
 
     fn error_first(&mut self, steps: &mut Vec<Step>) -> Vec<u8> {

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::clients::{End, Kind, Record};
 use super::fates::{Attempt, Fate};
-use super::rules::{MODELS, OfModel, Requests};
+use super::rules::{CLIENTS as NAMES, MODELS, Own, Rate, Rules, Tenants};
 use super::{CLIENTS, REQUESTS_PER_CLIENT, Story};
 
 const REQUESTS: usize = CLIENTS * REQUESTS_PER_CLIENT;
@@ -74,6 +74,26 @@ impl Story {
         for limit in gauges.limits.iter().filter(|limit| limit.unit == "concurrency") {
             assert!(limit.remaining > 0, "{limit:?}");
         }
+        for limit in gauges.limits.iter().filter(|limit| limit.unit != "concurrency") {
+            assert_eq!(Some(limit.remaining), self.burst_of(limit.scope, &limit.name, limit.unit), "{limit:?}");
+        }
+    }
+
+    /// What a bucket holds, as the rules say.
+    fn burst_of(&self, scope: &str, name: &str, unit: &str) -> Option<u64> {
+        let of_model = || MODELS.iter().zip(self.rules.models).find(|(model, _)| **model == name).map(|(_, own)| own);
+        let of_client = || match &self.rules.tenants {
+            Tenants::Named(clients) => NAMES.iter().zip(clients).find(|(it, _)| **it == name).map(|(_, (_, own))| *own),
+            Tenants::One | Tenants::Addresses => None,
+        };
+        let Rules { requests, tokens, slots, .. } = self.rules;
+        let own = match scope {
+            "global" => Some(Own { requests, tokens, slots }),
+            "model" => of_model(),
+            _ => of_client(),
+        }?;
+        let rate = if unit == "tokens" { own.tokens } else { own.requests };
+        rate.map(|rate| u64::from(rate.burst))
     }
 
     /// Whoever hung up may have been counted as anything: its answer may have been on its way already.
@@ -100,7 +120,8 @@ impl Story {
         let may_be_missing = counted("result=\"connect_error\"") + counted("result=\"cancelled\"");
         assert!(seen <= all, "{seen} seen, {all} counted");
         assert!(seen >= all - may_be_missing, "{seen} seen, {all} counted, {may_be_missing} may be missing");
-        assert!(all <= REQUESTS as f64 + self.world.metric_sum("weir_retries_total", "") + stale);
+        let without_option = attempts.iter().filter(|it| it.may_be_for_the_option()).count() as f64;
+        assert!(all <= REQUESTS as f64 + self.world.metric_sum("weir_retries_total", "") + stale + without_option);
     }
 
     /// Over ten seconds, retries <= 0.2 x first attempts + 10. Retries are sampled once a second, so that nine seconds by the
@@ -119,16 +140,16 @@ impl Story {
 
     fn limits_are_met(&self, attempts: &[Attempt]) {
         let spans: Vec<Span> = self.world.gateway.spans().into_iter().map(Span::of).collect();
-        let of_model = |name: &str| {
-            let pairs = spans.iter().zip(attempts).filter(|(_, attempt)| attempt.model == name);
+        let spans_of = |is_counted: &dyn Fn(&Attempt) -> bool| {
+            let pairs = spans.iter().zip(attempts).filter(|(_, attempt)| is_counted(attempt));
             pairs.map(|(span, _)| *span).collect::<Vec<_>>()
         };
-        let charged = |name: Option<&str>| {
+        let charged = |is_counted: &dyn Fn(&Attempt) -> bool| {
             let mut stale: HashSet<&str> = HashSet::new();
             let mut times = Vec::new();
             for attempt in attempts {
                 let repeats = stale.remove(attempt.id.as_str());
-                if !repeats && name.is_none_or(|name| attempt.model == name) {
+                if !repeats && is_counted(attempt) {
                     times.push(attempt.at);
                 }
                 if attempt.looks_stale() {
@@ -138,12 +159,17 @@ impl Story {
             times
         };
         check_slots(&spans, self.rules.slots.map(|slots| slots as usize));
-        check_rate(&charged(None), self.rules.requests);
-        for (name, OfModel { requests, slots }) in MODELS.iter().zip(self.rules.models) {
+        check_rate(&charged(&|_| true), self.rules.requests);
+        for (name, Own { requests, slots, .. }) in MODELS.iter().zip(self.rules.models) {
             let lane = self.rules.slots.is_none().then_some(LANE_SLOTS);
             let tightest = slots.map(|slots| slots as usize).into_iter().chain(lane).min();
-            check_slots(&of_model(name), tightest);
-            check_rate(&charged(Some(name)), requests);
+            check_slots(&spans_of(&|it| it.model == *name), tightest);
+            check_rate(&charged(&|it| it.model == *name), requests);
+        }
+        let Tenants::Named(clients) = &self.rules.tenants else { return };
+        for (name, (_, Own { requests, slots, .. })) in NAMES.iter().zip(clients) {
+            check_slots(&spans_of(&|it| it.client == *name), slots.map(|slots| slots as usize));
+            check_rate(&charged(&|it| it.client == *name), *requests);
         }
     }
 }
@@ -193,7 +219,8 @@ fn check_answer(record: &Record, attempts: &[&Attempt]) {
 /// Nothing is sent too often, nor after an answer has begun, nor after the client has left.
 fn check_attempts(record: &Record, attempts: &[&Attempt]) {
     let stale = attempts.iter().filter(|it| it.looks_stale() && is_repeatable(it.kind)).count();
-    assert!(attempts.len() <= 4 + stale, "{} attempts, {stale} stale: {record:?}", attempts.len());
+    let without_option = attempts.iter().filter(|it| it.may_be_for_the_option()).count().min(1);
+    assert!(attempts.len() <= 4 + stale + without_option, "{} attempts, {stale} stale: {record:?}", attempts.len());
     if let Some(head) = record.head_order {
         assert!(attempts.iter().all(|attempt| attempt.order < head), "sent again after an answer: {record:?}");
     }
@@ -229,7 +256,7 @@ fn outcome_of(record: &Record) -> Option<&'static str> {
         (End::Broken, _) => Some("upstream_error"),
         (End::Whole, 200) if text.contains("data: {") && text.contains("\"error\"") => Some("upstream_error"),
         (End::Whole, 200) => Some("ok"),
-        (End::Whole, 400) => Some("client_error"),
+        (End::Whole, 400 | 401) => Some("client_error"),
         (End::Whole, 429 | 503) if !proxied => Some("refused"),
         (End::Whole, _) if !proxied => Some("failed"),
         (End::Whole, _) => Some("upstream_error"),
@@ -264,9 +291,9 @@ fn check_slots(spans: &[Span], slots: Option<usize>) {
 
 /// In no window do more begin than the burst and the rate allow: of all windows that end with a request, `excess` is the
 /// largest number of seconds by which those in it are ahead of the rate.
-fn check_rate(times: &[Instant], requests: Option<Requests>) {
+fn check_rate(times: &[Instant], requests: Option<Rate>) {
     const TIMER_SLACK: f64 = 0.002;
-    let Some(Requests { per_second, burst }) = requests else { return };
+    let Some(Rate { per_second, burst }) = requests else { return };
     let interval = 1.0 / f64::from(per_second);
     let allowed = f64::from(burst) * interval + TIMER_SLACK;
     let (mut excess, mut last) = (0.0, times.first().copied());

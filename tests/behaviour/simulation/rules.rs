@@ -1,5 +1,6 @@
 //! The configuration of one story.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use rand::RngExt as _;
@@ -11,28 +12,78 @@ pub const MODELS: [&str; 3] = ["gpt-4.1-mini", "deepseek-chat", "made-up"];
 /// `timeouts.connect`.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// A request limit: so many a second, and so many at once.
+/// The clients that a world may know by name.
+pub const CLIENTS: [&str; 3] = ["a", "b", "c"];
+
+/// A limit of requests or tokens: so many a second, and so many at once.
 #[derive(Debug, Clone, Copy)]
-pub struct Requests {
+pub struct Rate {
     pub per_second: u32,
     pub burst: u32,
 }
 
-/// The limits of one model.
+impl Rate {
+    fn sometimes(rng: &mut SmallRng, per_second: Range<u32>, burst: Range<u32>) -> Option<Self> {
+        let rate = Self { per_second: rng.random_range(per_second), burst: rng.random_range(burst) };
+        rng.random_bool(0.6).then_some(rate)
+    }
+
+    /// Some of these hold less than one request is thought to cost before anything is known.
+    fn of_tokens(rng: &mut SmallRng) -> Option<Self> {
+        Self::sometimes(rng, 300..3000, 20..5000)
+    }
+
+    fn line(this: Option<Self>, unit: &str) -> String {
+        this.map(|Self { per_second, burst }| format!("{unit} = {{ rate = \"{per_second}/s\", burst = {burst} }}\n"))
+            .unwrap_or_default()
+    }
+}
+
+/// The limits of one model or client.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct OfModel {
-    pub requests: Option<Requests>,
+pub struct Own {
+    pub requests: Option<Rate>,
+    pub tokens: Option<Rate>,
     pub slots: Option<u32>,
+}
+
+impl Own {
+    fn random(rng: &mut SmallRng) -> Self {
+        let requests = Rate::sometimes(rng, 5..40, 1..20);
+        Self { requests, tokens: Rate::of_tokens(rng), slots: slots(rng, 2..15) }
+    }
+
+    fn lines(self) -> String {
+        let slots = self.slots.map(|slots| format!("concurrency = {slots}\n")).unwrap_or_default();
+        [Rate::line(self.requests, "requests"), Rate::line(self.tokens, "tokens"), slots].concat()
+    }
+}
+
+fn slots(rng: &mut SmallRng, range: Range<u32>) -> Option<u32> {
+    rng.random_bool(0.6).then(|| rng.random_range(range))
+}
+
+/// What tells clients apart.
+#[derive(Debug)]
+pub enum Tenants {
+    /// Nothing: they send no keys.
+    One,
+    /// The addresses that they come from: weir has a key of its own.
+    Addresses,
+    /// Their keys, with a weight and limits for each of [`CLIENTS`].
+    Named([(u32, Own); CLIENTS.len()]),
 }
 
 /// What is random about the configuration.
 #[derive(Debug)]
 pub struct Rules {
-    pub requests: Option<Requests>,
+    pub requests: Option<Rate>,
+    pub tokens: Option<Rate>,
     /// `None` where concurrency is adaptive.
     pub slots: Option<u32>,
     /// Of the first two of [`MODELS`].
-    pub models: [OfModel; 2],
+    pub models: [Own; 2],
+    pub tenants: Tenants,
     max_waiting: u32,
     max_wait_millis: u32,
     delay_millis: u32,
@@ -40,16 +91,16 @@ pub struct Rules {
 
 impl Rules {
     pub fn random(rng: &mut SmallRng) -> Self {
-        let sometimes =
-            |rng: &mut SmallRng, from: u32, to: u32| rng.random_bool(0.6).then(|| rng.random_range(from..to));
-        let requests = |rng: &mut SmallRng, from: u32, to: u32| {
-            sometimes(rng, from, to).map(|per_second| Requests { per_second, burst: rng.random_range(1..20) })
-        };
-        let model = |rng: &mut SmallRng| OfModel { requests: requests(rng, 5, 40), slots: sometimes(rng, 2, 15) };
         Self {
-            requests: requests(rng, 10, 60),
-            slots: sometimes(rng, 5, 30),
-            models: [model(rng), model(rng)],
+            requests: Rate::sometimes(rng, 10..60, 1..20),
+            tokens: Rate::of_tokens(rng),
+            slots: slots(rng, 5..30),
+            models: [(); 2].map(|()| Own::random(rng)),
+            tenants: match rng.random_range(0..3) {
+                0 => Tenants::One,
+                1 => Tenants::Addresses,
+                _ => Tenants::Named([(); CLIENTS.len()].map(|()| (rng.random_range(1..5), Own::random(rng)))),
+            },
             max_waiting: rng.random_range(3..40),
             max_wait_millis: rng.random_range(200..8000),
             delay_millis: rng.random_range(20..1500),
@@ -58,24 +109,28 @@ impl Rules {
 
     /// As a configuration file.
     pub fn config(&self) -> String {
-        let rate = |requests: Option<Requests>| {
-            let line =
-                |it: Requests| format!("requests = {{ rate = \"{}/s\", burst = {} }}\n", it.per_second, it.burst);
-            requests.map(line).unwrap_or_default()
-        };
         let concurrency = self.slots.map_or("\"adaptive\"".to_owned(), |slots| slots.to_string());
         let Self { max_waiting, max_wait_millis, delay_millis, .. } = self;
         let mut config = format!(
-            "[limits]\n{}concurrency = {concurrency}\n\
+            "[limits]\n{}{}concurrency = {concurrency}\n\
              [queue]\nmax_waiting = {max_waiting}\nmax_wait = \"{max_wait_millis}ms\"\n\
              [retry]\nbase_delay = \"{delay_millis}ms\"\nmax_delay = \"{delay_millis}ms\"\n\
              [timeouts]\nconnect = \"{}ms\"\nfirst_event = \"3s\"\nresponse = \"4s\"\nidle = \"3s\"\ndeadline = \"15s\"\n",
-            rate(self.requests),
+            Rate::line(self.requests, "requests"),
+            Rate::line(self.tokens, "tokens"),
             CONNECT_TIMEOUT.as_millis(),
         );
         for (name, limits) in MODELS.iter().zip(self.models) {
-            config.push_str(&format!("[models.{name:?}]\n{}", rate(limits.requests)));
-            config.push_str(&limits.slots.map(|slots| format!("concurrency = {slots}\n")).unwrap_or_default());
+            config.push_str(&format!("[models.{name:?}]\n{}", limits.lines()));
+        }
+        if !matches!(self.tenants, Tenants::One) {
+            config.push_str("[upstream]\napi_key = \"sk-upstream\"\n");
+        }
+        if let Tenants::Named(clients) = &self.tenants {
+            for (name, (weight, limits)) in CLIENTS.iter().zip(clients) {
+                let lines = limits.lines();
+                config.push_str(&format!("[clients.{name}]\nkey = \"sk-{name}\"\nweight = {weight}\n{lines}"));
+            }
         }
         config
     }
