@@ -20,8 +20,8 @@ use super::slack::{ChargeNo, Slack};
 use crate::config::Rate;
 
 /// A timer fires up to a tick (1 ms) late. Whoever waited for a cell is charged as of when it was due, if that is no longer
-/// ago than this; else a bucket with a small burst would lose a little of its rate with each wake-up.
-const TIMER_SLACK: Duration = Duration::from_millis(2);
+/// ago than this, in nanoseconds; else a bucket with a small burst would lose a little of its rate with each wake-up.
+const TIMER_SLACK: u64 = 2_000_000;
 
 /// Centuries ahead is never, and more would overflow an `Instant`.
 const FAR: u64 = u64::MAX / 8;
@@ -36,6 +36,9 @@ pub struct Bucket {
     tat: Tat,
     clock: GivenClock,
     rate: Rate,
+    /// The time of one cell, in nanoseconds, and of all that it holds.
+    interval: u64,
+    capacity: u64,
     epoch: Instant,
     slack: Slack,
     /// Charges are guesses.
@@ -47,7 +50,8 @@ impl Bucket {
     pub fn new(rate: Rate, now: Instant) -> Self {
         let (tat, clock) = (Tat::default(), GivenClock::default());
         let limiter = limiter(rate, &tat, &clock);
-        Self { limiter, tat, clock, rate, epoch: now, slack: Slack::default(), guesses: false }
+        let (interval, capacity) = interval_and_capacity(rate);
+        Self { limiter, tat, clock, rate, interval, capacity, epoch: now, slack: Slack::default(), guesses: false }
     }
 
     /// A full bucket whose charges are guesses, settled when the truth is known.
@@ -75,6 +79,7 @@ impl Bucket {
         self.clock.set(0);
         self.limiter = limiter(rate, &self.tat, &self.clock);
         self.rate = rate;
+        (self.interval, self.capacity) = interval_and_capacity(rate);
     }
 
     /// The rate it refills at.
@@ -91,10 +96,12 @@ impl Bucket {
     /// they were due count from when they were due.
     pub fn try_take(&mut self, n: u64, charge: ChargeNo, waiting_since: Instant, now: Instant) -> bool {
         let Some(at_once) = NonZeroU32::new(self.at_once(n)) else { return true };
-        let due = self.available_at(u64::from(at_once.get()), self.epoch);
-        let charged_at = due.max(waiting_since).max(now - TIMER_SLACK).min(now);
-        let short_of_full = self.tat.get().saturating_sub(self.nanos(charged_at));
-        self.clock.set(self.nanos(charged_at));
+        let due = self.available_nanos(u64::from(at_once.get()), 0);
+        let to = self.nanos(now);
+        let since = if waiting_since == now { to } else { self.nanos(waiting_since) };
+        let charged_at = due.max(since).max(to.saturating_sub(TIMER_SLACK)).min(to);
+        let short_of_full = self.tat.get().saturating_sub(charged_at);
+        self.clock.set(charged_at);
         let taken = self.limiter.check_n(at_once).is_ok_and(|fits| fits.is_ok());
         if taken {
             let waited = waiting_since < now;
@@ -102,7 +109,7 @@ impl Bucket {
                 self.slack.note(charge, short_of_full);
             }
             // governor's cells are whole nanoseconds long, and are no more than the burst.
-            let rest = self.time_for(n).saturating_sub(self.interval_nanos() * u64::from(at_once.get()));
+            let rest = self.time_for(n).saturating_sub(self.interval * u64::from(at_once.get()));
             self.tat.update(|tat| tat.saturating_add(rest).min(FAR));
         }
         taken
@@ -128,11 +135,7 @@ impl Bucket {
 
     /// When the `n`-th cell from now (from 1) can be taken, if nobody else takes one; not later than `now` where it is there.
     pub fn available_at(&self, n: u64, now: Instant) -> Instant {
-        let burst = u64::from(self.rate.burst);
-        let ahead = self.time_for(n.saturating_sub(burst));
-        let credit = burst.saturating_sub(n).saturating_mul(self.interval_nanos());
-        let nanos = self.tat.get().max(self.nanos(now)).saturating_add(ahead).saturating_sub(credit);
-        self.epoch + Duration::from_nanos(nanos.min(FAR))
+        self.epoch + Duration::from_nanos(self.available_nanos(n, self.nanos(now)))
     }
 
     /// When a request for `n` cells can pass, if nobody else takes one: when they are there or, of more than the burst, when
@@ -141,14 +144,19 @@ impl Bucket {
         self.available_at(u64::from(self.at_once(n)), now)
     }
 
+    /// Whether a request for `n` cells can pass now.
+    pub fn is_open(&self, n: u64, now: Instant) -> bool {
+        let now = self.nanos(now);
+        self.available_nanos(u64::from(self.at_once(n)), now) <= now
+    }
+
     /// As [`Bucket::open_at`], where someone has been saving since then for all that the bucket holds: half of the refill is
     /// theirs. `None` where so many cells would never be left.
     pub fn open_beside_saver_at(&self, n: u64, saving_since: Instant, now: Instant) -> Option<Instant> {
-        let capacity = u64::from(self.rate.burst).saturating_mul(self.interval_nanos());
-        let level = capacity.saturating_sub(self.tat.get().saturating_sub(self.nanos(now)));
+        let level = self.capacity.saturating_sub(self.tat.get().saturating_sub(self.nanos(now)));
         let elapsed = self.nanos(now).saturating_sub(self.nanos(saving_since));
-        let wanted = u64::from(self.at_once(n)).saturating_mul(self.interval_nanos()).saturating_add(elapsed / 2);
-        if wanted > capacity {
+        let wanted = u64::from(self.at_once(n)).saturating_mul(self.interval).saturating_add(elapsed / 2);
+        if wanted > self.capacity {
             return None;
         }
         // The level rises by one while what is saved rises by a half.
@@ -163,13 +171,13 @@ impl Bucket {
         }
         let there = u64::from(self.remaining(now).max(1));
         let from = first.max(now);
-        let more = until.saturating_duration_since(from).as_nanos() / u128::from(self.interval_nanos());
+        let more = until.saturating_duration_since(from).as_nanos() / u128::from(self.interval);
         u64::try_from(more).unwrap_or(u64::MAX).saturating_add(there)
     }
 
     /// How many cells could be taken now.
     pub fn remaining(&self, now: Instant) -> u32 {
-        let behind = self.tat.get().saturating_sub(self.nanos(now)).div_ceil(self.interval_nanos());
+        let behind = self.tat.get().saturating_sub(self.nanos(now)).div_ceil(self.interval);
         self.rate.burst.saturating_sub(u32::try_from(behind).unwrap_or(u32::MAX))
     }
 
@@ -188,19 +196,38 @@ impl Bucket {
         u32::try_from(n).unwrap_or(u32::MAX).min(self.rate.burst)
     }
 
+    /// As [`Bucket::available_at`], in nanoseconds since the epoch.
+    fn available_nanos(&self, n: u64, now: u64) -> u64 {
+        let full_at = self.tat.get().max(now);
+        let burst = u64::from(self.rate.burst);
+        let nanos = match n.checked_sub(burst) {
+            Some(beyond) => full_at.saturating_add(self.time_for(beyond)),
+            None => full_at.saturating_sub((burst - n).saturating_mul(self.interval)),
+        };
+        nanos.min(FAR)
+    }
+
     /// The time in which `n` cells are granted, once the burst is used up; exact, however short one cell's is.
     fn time_for(&self, n: u64) -> u64 {
-        let nanos = u128::from(n).saturating_mul(self.rate.period.as_nanos()) / u128::from(self.rate.count);
+        let period = self.rate.period.as_nanos();
+        if let Some(product) = u64::try_from(period).ok().and_then(|period| n.checked_mul(period)) {
+            // The same, and several times as fast.
+            return (product / self.rate.count).min(FAR);
+        }
+        let nanos = u128::from(n).saturating_mul(period) / u128::from(self.rate.count);
         u64::try_from(nanos).unwrap_or(FAR).min(FAR)
     }
 
-    fn interval_nanos(&self) -> u64 {
-        u64::try_from(self.rate.interval().as_nanos()).unwrap_or(u64::MAX)
-    }
-
     fn nanos(&self, at: Instant) -> u64 {
-        u64::try_from(at.saturating_duration_since(self.epoch).as_nanos()).unwrap_or(u64::MAX)
+        let since = at.saturating_duration_since(self.epoch);
+        since.as_secs().saturating_mul(1_000_000_000).saturating_add(u64::from(since.subsec_nanos()))
     }
+}
+
+/// The time of one cell, in nanoseconds, and of all that the bucket holds.
+fn interval_and_capacity(rate: Rate) -> (u64, u64) {
+    let interval = u64::try_from(rate.interval().as_nanos()).unwrap_or(u64::MAX);
+    (interval, u64::from(rate.burst).saturating_mul(interval))
 }
 
 /// A limiter of governor's over that state, made while the clock reads 0.

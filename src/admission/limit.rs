@@ -129,6 +129,8 @@ impl Limit {
     pub fn has_room(&self, need: Need, now: Instant) -> bool {
         match &self.measure {
             Measure::Concurrency(slots) => slots.has_room(),
+            Measure::Requests(bucket) if self.saver.is_none() => bucket.is_open(1, now),
+            Measure::Tokens(bucket) if self.saver.is_none() => bucket.is_open(need.tokens, now),
             Measure::Requests(_) | Measure::Tokens(_) => self.opens_at(need, now).is_some_and(|at| at <= now),
         }
     }
