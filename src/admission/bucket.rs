@@ -191,6 +191,12 @@ impl Bucket {
         Duration::from_nanos(self.time_for(n))
     }
 
+    /// How many cells come back in that time; no more than it holds.
+    pub fn refilled_in(&self, time: Duration) -> u64 {
+        let cells = time.as_nanos() / u128::from(self.interval);
+        u64::try_from(cells).unwrap_or(u64::MAX).min(u64::from(self.rate.burst))
+    }
+
     /// How many of `n` cells have to be there when they are taken.
     fn at_once(&self, n: u64) -> u32 {
         u32::try_from(n).unwrap_or(u32::MAX).min(self.rate.burst)

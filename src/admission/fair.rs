@@ -1,13 +1,7 @@
-//! The fair clock: what each tenant has had of weir, in tokens over its weight.
+//! Who shares, by what weight, and how service is measured: in tokens over weight.
 //!
-//! A virtual token counter (Sheng et al., "Fairness in Serving Large Language Models", OSDI '24, arXiv 2401.00588), which is
-//! start-time fair queueing with tokens for lengths: of those who wait, the one that has had least goes first; what a
-//! request is estimated to cost counts when it is let through, and is corrected when its true cost is known. There is one
-//! counter for each tenant, whatever models it uses; limits decide only who is eligible now.
-//!
-//! **No credit for idling**: who comes back begins where the others are. **No endless credit for being held up**: one whom a
-//! limit of its own holds up while others are served falls behind them by at most `MAX_LAG`; what it could catch up on
-//! without that bound would keep everybody else out for as long as it was held up.
+//! The measure is that of the virtual token counter (Sheng et al., "Fairness in Serving Large Language Models", OSDI '24,
+//! arXiv 2401.00588), which is start-time fair queueing with tokens for lengths. What it decides is in [`super::line`].
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -24,6 +18,11 @@ impl Virtual {
     pub fn of(tokens: u64, weight: Weight) -> Self {
         let thousandths = u128::from(tokens) * 1_000_000 / u128::from(weight.thousandths());
         Self(u64::try_from(thousandths).unwrap_or(u64::MAX))
+    }
+
+    /// What so many tokens count at weight 1.
+    pub const fn of_tokens(tokens: u64) -> Self {
+        Self(tokens.saturating_mul(1000))
     }
 
     /// The tokens that a tenant of that weight has to get to come from `self` to `later`.
@@ -45,10 +44,6 @@ impl Virtual {
     }
 }
 
-/// How far a tenant that waits may fall behind those who are served: about what a large quota serves in a minute. It is far
-/// above what estimates are wrong by, so that who waits at the same limit as others loses nothing to it.
-const MAX_LAG: Virtual = Virtual((1 << 18) * 1000);
-
 /// A tenant's place in the list of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TenantId(pub(super) usize);
@@ -57,45 +52,33 @@ pub struct TenantId(pub(super) usize);
 pub struct Share {
     pub tenant: Tenant,
     pub weight: Weight,
-    /// What it has had.
-    pub counter: Virtual,
     /// Its requests that wait.
     pub waiting: u64,
     /// Its flows in which somebody waits.
     pub backlog: BTreeSet<FlowId>,
     /// Its flows, whether somebody waits in them or not.
     pub flows: u32,
-    /// The limits that hold some of its flows up.
-    pub held_up_at: Vec<LimitId>,
+    /// The limits in whose lines it is known.
+    pub lines: Vec<LimitId>,
 }
 
 /// Everyone who has or lately had something to do with weir.
 #[derive(Default)]
-pub struct FairClock {
+pub struct Tenants {
     shares: Vec<Share>,
     of_tenant: HashMap<Tenant, TenantId>,
     free: Vec<TenantId>,
-    /// The greatest counter at which a request was let through: where who comes back begins.
-    now: Virtual,
-    /// Those who wait, by their counters.
+    /// Those who wait, by how much of the queue they fill for their weight.
     backlogged: BTreeSet<(Virtual, TenantId)>,
 }
 
-impl FairClock {
-    /// The tenant's place; one that is not known begins with the others.
+impl Tenants {
+    /// The tenant's place, also if it was not known.
     pub fn find(&mut self, tenant: Tenant, weight: Weight) -> TenantId {
         if let Some(id) = self.of_tenant.get(&tenant) {
             return *id;
         }
-        let share = Share {
-            tenant,
-            weight,
-            counter: Virtual::default(),
-            waiting: 0,
-            backlog: BTreeSet::new(),
-            flows: 0,
-            held_up_at: Vec::new(),
-        };
+        let share = Share { tenant, weight, waiting: 0, backlog: BTreeSet::new(), flows: 0, lines: Vec::new() };
         let id = match self.free.pop() {
             Some(id) => {
                 self.shares[id.0] = share;
@@ -120,14 +103,9 @@ impl FairClock {
         &self.shares[id.0]
     }
 
-    /// For the queue's own bookkeeping; the counter is moved by the methods here only.
+    /// For the queue's own bookkeeping.
     pub fn share_mut(&mut self, id: TenantId) -> &mut Share {
         &mut self.shares[id.0]
-    }
-
-    /// Where the counters of those who are served stand.
-    pub fn now(&self) -> Virtual {
-        self.now
     }
 
     /// Tenants known now.
@@ -137,96 +115,39 @@ impl FairClock {
 
     /// The tenant whose requests fill the queue most, by its weight.
     pub fn heaviest(&self) -> Option<TenantId> {
-        let waiting = self.backlogged.iter().map(|(_, id)| *id);
-        waiting.max_by_key(|id| Virtual::of(self.share(*id).waiting, self.share(*id).weight))
+        self.backlogged.last().map(|(_, id)| *id)
     }
 
-    /// A tenant that does not wait for anything begins no earlier than the clock, or than `others`, the first of those it is
-    /// about to compete with, where they lag.
-    pub fn begin(&mut self, id: TenantId, others: Option<Virtual>) {
-        let share = &mut self.shares[id.0];
-        if share.waiting == 0 {
-            share.counter = share.counter.max(others.map_or(self.now, |others| others.min(self.now)));
-        }
-    }
-
-    /// A request more waits. The counter stays, but for what it lags too far.
+    /// A request more of this tenant waits.
     pub fn joins(&mut self, id: TenantId) {
-        let floor = self.floor();
-        let share = &mut self.shares[id.0];
-        share.waiting += 1;
-        if share.waiting == 1 {
-            share.counter = share.counter.max(floor);
-            self.backlogged.insert((share.counter, id));
-        }
+        self.set_waiting(id, |waiting| waiting + 1);
     }
 
-    /// A request less waits.
+    /// A request less of this tenant waits.
     pub fn leaves(&mut self, id: TenantId) {
+        self.set_waiting(id, |waiting| waiting - 1);
+    }
+
+    fn set_waiting(&mut self, id: TenantId, change: impl Fn(u64) -> u64) {
         let share = &mut self.shares[id.0];
-        share.waiting -= 1;
-        if share.waiting == 0 {
-            self.backlogged.remove(&(share.counter, id));
+        let part = |waiting: u64, weight: Weight| Virtual(waiting * 1_000_000 / u64::from(weight.thousandths()));
+        let (before, after) = (share.waiting, change(share.waiting));
+        share.waiting = after;
+        if before > 0 {
+            self.backlogged.remove(&(part(before, share.weight), id));
+        }
+        if after > 0 {
+            self.backlogged.insert((part(after, share.weight), id));
         }
     }
 
-    /// A request of that many tokens is let through.
-    pub fn charge(&mut self, id: TenantId, tokens: u64) {
-        let share = self.share(id);
-        let (counter, more) = (share.counter, Virtual::of(tokens, share.weight));
-        self.now = self.now.max(counter);
-        self.set(id, counter.plus(more));
-    }
-
-    /// A request that was estimated at `charged` cost `used` in truth.
-    pub fn correct(&mut self, id: TenantId, charged: u64, used: u64) {
-        let Share { counter, weight, .. } = *self.share(id);
-        self.set(id, counter.minus(Virtual::of(charged, weight)).plus(Virtual::of(used, weight)));
-    }
-
-    /// The one that lags furthest behind, if that is too far: it is set forward, and its places have to be told. Not at
-    /// each step of the clock, but when it has fallen behind by another `MAX_LAG`.
-    pub fn set_forward(&mut self) -> Option<TenantId> {
-        let (counter, id) = self.backlogged.first().copied()?;
-        if counter.plus(MAX_LAG).plus(MAX_LAG) >= self.now {
-            return None;
-        }
-        self.set(id, self.floor());
-        Some(id)
-    }
-
-    /// Forgets tenants that have no flow: those that have had no more than the others, or, where that leaves more than
-    /// `keep`, all of them.
-    pub fn forget_idle(&mut self, keep: usize) {
-        let (shares, now) = (&self.shares, self.now);
-        let idle = |id: &TenantId| shares[id.0].flows == 0;
-        let mut forgotten: Vec<_> =
-            self.of_tenant.extract_if(|_, id| idle(id) && shares[id.0].counter <= now).map(|(_, id)| id).collect();
-        if self.of_tenant.len() > keep {
-            forgotten.extend(self.of_tenant.extract_if(|_, id| idle(id)).map(|(_, id)| id));
-        }
-        self.free.extend(forgotten);
-    }
-
-    /// Whether it is listed among those who wait, and once, at its counter.
-    #[cfg(test)]
-    pub fn is_backlogged(&self, id: TenantId) -> bool {
-        let listed: Vec<_> = self.backlogged.iter().filter(|(_, other)| *other == id).collect();
-        assert!(listed.iter().all(|(counter, _)| *counter == self.share(id).counter) && listed.len() <= 1);
-        !listed.is_empty()
-    }
-
-    fn floor(&self) -> Virtual {
-        self.now.minus(MAX_LAG)
-    }
-
-    fn set(&mut self, id: TenantId, counter: Virtual) {
-        let share = &mut self.shares[id.0];
-        if share.waiting > 0 {
-            self.backlogged.remove(&(share.counter, id));
-            self.backlogged.insert((counter, id));
-        }
-        share.counter = counter;
+    /// Forgets tenants that have no flow, and says which, and in whose lines they were known.
+    pub fn forget_idle(&mut self) -> Vec<(TenantId, Vec<LimitId>)> {
+        let shares = &mut self.shares;
+        let forgotten: Vec<TenantId> =
+            self.of_tenant.extract_if(|_, id| shares[id.0].flows == 0).map(|(_, id)| id).collect();
+        self.free.extend(&forgotten);
+        forgotten.into_iter().map(|id| (id, std::mem::take(&mut self.shares[id.0].lines))).collect()
     }
 }
 
@@ -234,65 +155,35 @@ impl FairClock {
 mod tests {
     use super::*;
 
-    const ONE: u64 = 1000;
-
-    fn clock(tenants: u64) -> (FairClock, Vec<TenantId>) {
-        let mut clock = FairClock::default();
-        let ids = (0..tenants).map(|key| clock.find(Tenant::Key(key), Weight::default())).collect();
-        (clock, ids)
+    #[test]
+    fn a_weight_makes_tokens_cheaper() {
+        let weight = Weight::new(4.0).expect("a weight");
+        assert_eq!(Virtual::of(1000, weight), Virtual(250_000));
+        assert_eq!(Virtual(0).tokens_until(Virtual(250_000), weight), 1000);
+        assert_eq!(Virtual::of(u64::MAX, Weight::new(0.01).expect("a weight")), Virtual(u64::MAX));
     }
 
     #[test]
-    fn who_was_idle_begins_where_the_others_are() {
-        let (mut clock, ids) = clock(2);
-        for _ in 0..10 {
-            clock.begin(ids[0], None);
-            clock.charge(ids[0], 100);
-        }
-        clock.begin(ids[1], None);
-        assert_eq!(clock.share(ids[1]).counter, Virtual(900 * ONE), "where the last one began");
-        clock.joins(ids[0]);
-        clock.begin(ids[0], Some(Virtual(5000 * ONE)));
-        assert_eq!(clock.share(ids[0]).counter, Virtual(1000 * ONE), "who waits keeps its counter");
-        let third = clock.find(Tenant::Key(3), Weight::default());
-        clock.begin(third, Some(Virtual(300 * ONE)));
-        assert_eq!(clock.share(third).counter, Virtual(300 * ONE), "where those are that it competes with");
-    }
-
-    #[test]
-    fn a_weight_makes_tokens_cheaper_and_a_correction_takes_back_what_was_too_much() {
-        let mut clock = FairClock::default();
-        let id = clock.find(Tenant::Key(1), Weight::new(4.0).expect("a weight"));
-        clock.charge(id, 1000);
-        assert_eq!(clock.share(id).counter, Virtual(250 * ONE));
-        clock.correct(id, 1000, 100);
-        assert_eq!(clock.share(id).counter, Virtual(25 * ONE));
-        assert_eq!(Virtual(0).tokens_until(Virtual(25 * ONE), clock.share(id).weight), 100);
-    }
-
-    #[test]
-    fn who_is_held_up_falls_behind_by_a_bounded_lag() {
-        let (mut clock, ids) = clock(2);
-        clock.joins(ids[0]);
-        for _ in 0..1000 {
-            clock.charge(ids[1], 10_000);
-            while clock.set_forward().is_some() {}
-        }
-        let lag = clock.now().minus(clock.share(ids[0]).counter);
-        assert!(lag >= MAX_LAG && lag <= MAX_LAG.plus(MAX_LAG), "{lag:?}");
+    fn the_heaviest_is_the_one_with_most_for_its_weight() {
+        let mut tenants = Tenants::default();
+        let light = tenants.find(Tenant::Key(1), Weight::ONE);
+        let heavy = tenants.find(Tenant::Key(2), Weight::new(10.0).expect("a weight"));
+        (0..3).for_each(|_| tenants.joins(light));
+        (0..20).for_each(|_| tenants.joins(heavy));
+        assert_eq!(tenants.heaviest(), Some(light));
+        (0..3).for_each(|_| tenants.leaves(light));
+        assert_eq!(tenants.heaviest(), Some(heavy));
     }
 
     #[test]
     fn idle_tenants_can_be_forgotten_and_their_places_are_used_again() {
-        let mut clock = FairClock::default();
+        let mut tenants = Tenants::default();
         for key in 0..10_000 {
-            let id = clock.find(Tenant::Key(key), Weight::default());
-            clock.begin(id, None);
-            clock.charge(id, 10);
-            if clock.known_tenants() > 100 {
-                clock.forget_idle(50);
+            tenants.find(Tenant::Key(key), Weight::ONE);
+            if tenants.known_tenants() > 100 {
+                tenants.forget_idle();
             }
         }
-        assert!(clock.shares.len() <= 102);
+        assert!(tenants.shares.len() <= 102);
     }
 }

@@ -1,6 +1,6 @@
 //! One limit: a bucket or a set of slots, whose it is, and who waits for it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -68,6 +68,7 @@ pub enum Measure {
 #[derive(Debug, Clone, Copy)]
 pub struct Need {
     pub flow: FlowId,
+    pub tenant: TenantId,
     pub model: ModelId,
     /// What it is estimated to cost.
     pub tokens: u64,
@@ -150,7 +151,7 @@ impl Limit {
         }
     }
 
-    /// One of this tenant's has passed; `waited` says that it had to wait.
+    /// One of this tenant's has passed.
     pub fn note_turn(&mut self, tenant: TenantId, tokens: u64) {
         let size = if matches!(self.measure, Measure::Tokens(_)) { tokens } else { 1 };
         self.passed = self.passed.wrapping_add(size);
@@ -260,15 +261,37 @@ impl Limit {
         };
         match self.saver {
             Some(saver) if saver.need.flow == need.flow => Some(bucket.open_at(cells, now)),
-            Some(saver) if saver.need.model == need.model => None,
+            Some(_) if self.is_behind_saver(need) => None,
             Some(saver) => bucket.open_beside_saver_at(cells, saver.since, now),
             None => Some(bucket.open_at(cells, now)),
         }
     }
 
+    /// Whether this one has to wait until the saver has passed: it is for the same model, and not before it in the fair order.
+    pub fn is_behind_saver(&self, need: Need) -> bool {
+        self.saver.is_some_and(|saver| {
+            let precedes =
+                need.tenant != saver.need.tenant && self.line.tag(need.tenant) < self.line.tag(saver.need.tenant);
+            saver.need.model == need.model && !precedes
+        })
+    }
+
     /// From now on this flow saves for all that the bucket holds.
     pub fn begin_saving(&mut self, need: Need, now: Instant) {
         self.saver = Some(Saver { need, since: now });
+    }
+
+    /// What has been saved so far.
+    pub fn saved(&self, now: Instant) -> u64 {
+        match (&self.measure, self.saver) {
+            (Measure::Tokens(bucket), Some(saver)) => bucket.refilled_in(now.saturating_duration_since(saver.since)),
+            _ => 0,
+        }
+    }
+
+    /// Forgets what was promised to these.
+    pub fn forget(&mut self, tenants: &BTreeSet<TenantId>) {
+        self.promises.retain(|tenant, _| !tenants.contains(tenant));
     }
 
     /// How much longer than otherwise a newcomer's wait has to be taken to be, for those whom this limit has promised a place.

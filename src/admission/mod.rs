@@ -271,9 +271,9 @@ impl Gate {
             match queue.offer(ask, name, now) {
                 Offer::Admitted(grant) => Ok(Err(grant)),
                 Offer::Refused(refusal) => Err(refusal),
-                Offer::MustWait(flow) => {
+                Offer::MustWait(opening) => {
                     let (wake, turn) = oneshot::channel();
-                    let (ticket, other) = queue.enqueue(flow, ask, wake, now);
+                    let (ticket, other) = queue.enqueue(&opening, ask, wake, now);
                     displaced = other;
                     Ok(Ok((ticket, turn)))
                 }

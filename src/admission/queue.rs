@@ -5,7 +5,7 @@
 //!
 //! Requests of one tenant in one lane wait in one **flow**, first come first served. A flow is *ready* (its first waiter is
 //! to be looked at), *parked* at the one limit that holds its first waiter up, or empty. So flows do not block each other
-//! unless they wait for the same limit, and there the one whose tenant has had least goes first ([`super::fair`]). A big
+//! unless they wait for the same limit, and there the one whose tenant has had least goes first ([`super::line`]). A big
 //! request that is first in line is not passed by smaller ones behind it: it waits until there is enough for it.
 //!
 //! No wake-up is lost: a limit with somebody parked has no room for the first in line, or is in `opened` and about to be
@@ -22,9 +22,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::estimate::Cost;
-use super::fair::{FairClock, TenantId, Virtual};
+use super::fair::{TenantId, Tenants, Virtual};
 use super::limit::{FlowId, Limit, LimitId, Measure, Need, Rank, Scope};
-use super::line::{Head, Load};
+use super::line::{Head, Line, Load};
 use super::refusal::Refusal;
 use super::slack::ChargeNo;
 use crate::clients::{ClientId, Tenant};
@@ -41,7 +41,7 @@ pub struct Lane {
     pub model: ModelId,
 }
 
-/// The least that a request counts for in the fair clock, in tokens: one that costs nothing takes its place all the same.
+/// The least that a request counts for among tenants, in tokens: one that costs nothing takes its place all the same.
 const LEAST_SHARE: u64 = 64;
 
 /// A request that asks to be let through.
@@ -98,15 +98,21 @@ pub struct Ticket {
     rank: Rank,
 }
 
+/// Where a request may wait, and in whose place if the queue is full.
+pub struct Opening {
+    flow: FlowId,
+    displaced: Option<Ticket>,
+}
+
 /// The answer to an [`Ask`].
 pub enum Offer {
     Admitted(Grant),
     /// To be followed by [`Queue::enqueue`], before anything else happens.
-    MustWait(FlowId),
+    MustWait(Opening),
     Refused(Refusal),
 }
 
-/// How many requests of a lane may be under way, where no other limit says.
+/// What holds for the queue as a whole.
 #[derive(Debug, Clone, Copy)]
 pub struct Rules {
     pub max_waiting: usize,
@@ -135,7 +141,7 @@ pub struct Queue<W> {
     global: Vec<LimitId>,
     of_model: HashMap<ModelId, Vec<LimitId>>,
     of_client: HashMap<ClientId, Vec<LimitId>>,
-    fair: FairClock,
+    tenants: Tenants,
     lanes: Vec<LaneState>,
     free_lanes: Vec<LaneId>,
     of_lane: HashMap<Lane, LaneId>,
@@ -144,8 +150,10 @@ pub struct Queue<W> {
     of_flow: HashMap<(TenantId, LaneId), FlowId>,
     /// When there are so many flows, idle ones are forgotten.
     flows_before_sweep: usize,
-    ready: BTreeSet<(Virtual, Rank, FlowId)>,
+    ready: BTreeSet<(Rank, FlowId)>,
     opened: Vec<LimitId>,
+    /// Tenants whose last flow has left a line; it may stand there again before the pump is done.
+    gone: Vec<(LimitId, TenantId)>,
     timers: BTreeSet<(Instant, LimitId)>,
     charges: u64,
     waiting: usize,
@@ -167,7 +175,6 @@ enum Place {
     /// About to be looked at; `from` is the limit that has made room for it and may have more.
     Ready {
         from: Option<LimitId>,
-        counter: Virtual,
     },
     Parked(LimitId),
 }
@@ -182,7 +189,7 @@ impl<W> Queue<W> {
             global: Vec::new(),
             of_model: HashMap::new(),
             of_client: HashMap::new(),
-            fair: FairClock::default(),
+            tenants: Tenants::default(),
             lanes: Vec::new(),
             free_lanes: Vec::new(),
             of_lane: HashMap::new(),
@@ -192,6 +199,7 @@ impl<W> Queue<W> {
             flows_before_sweep: flows::MAX_IDLE,
             ready: BTreeSet::new(),
             opened: Vec::new(),
+            gone: Vec::new(),
             timers: BTreeSet::new(),
             charges: 0,
             waiting: 0,
@@ -225,7 +233,6 @@ impl<W> Queue<W> {
             return Offer::Refused(Refusal::draining());
         }
         let id = self.flow_of(ask, model_name);
-        self.begin(id);
         let need = self.need(id, ask.cost);
         let first = self.flows[id.0].waiters.first_key_value().is_none_or(|(head, _)| ask.rank < *head);
         let blocker = match self.blocker(need, ask.rank, now) {
@@ -238,17 +245,20 @@ impl<W> Queue<W> {
             let cause = self.limits[limit.0].cause();
             return Offer::Refused(self.refuse(id, limit, cause, ask.cost, ask.max_wait, now));
         }
-        if self.is_full() && !ask.again && self.whom_to_displace(id).is_none() {
+        let full = self.waiting >= self.rules.max_waiting && !ask.again;
+        let displaced = if full { self.whom_to_displace(id) } else { None };
+        if full && displaced.is_none() {
             return Offer::Refused(self.refuse(id, blocker, Cause::QueueFull, ask.cost, ask.max_wait, now));
         }
-        Offer::MustWait(id)
+        Offer::MustWait(Opening { flow: id, displaced })
     }
 
     /// Puts a request in its place in the queue. [`Queue::pump`] hands `wake` out when its turn has come.
     ///
     /// In a full queue it takes the place of another tenant's last, which is handed back with its refusal.
-    pub fn enqueue(&mut self, id: FlowId, ask: &Ask, wake: W, now: Instant) -> (Ticket, Option<(W, Refusal)>) {
-        let displaced = if self.is_full() && !ask.again { self.displace(id, now) } else { None };
+    pub fn enqueue(&mut self, opening: &Opening, ask: &Ask, wake: W, now: Instant) -> (Ticket, Option<(W, Refusal)>) {
+        let id = opening.flow;
+        let displaced = opening.displaced.and_then(|ticket| self.displace(ticket, now));
         let Ask { rank, cost, max_wait, again, .. } = *ask;
         let waiter = Waiter { wake, cost, since: now, max_wait, again };
         let head = self.flows[id.0].waiters.first_key_value().map(|(rank, _)| *rank);
@@ -263,9 +273,9 @@ impl<W> Queue<W> {
         if let (true, Place::Parked(limit)) = (behind, flow.place) {
             self.limits[limit.0].line.grow(tenant, load);
         }
-        self.fair.joins(tenant);
+        self.tenants.joins(tenant);
         if head.is_none() {
-            self.fair.share_mut(tenant).backlog.insert(id);
+            self.tenants.share_mut(tenant).backlog.insert(id);
         }
         self.waiting += 1;
         if !behind {
@@ -299,7 +309,7 @@ impl<W> Queue<W> {
         };
         self.reserved_tokens = self.reserved_tokens.saturating_sub(charged);
         let correction = self.next_charge();
-        for id in self.path_of(grant) {
+        for id in path_of(&self.flows[grant.flow.0], grant) {
             let limit = &mut self.limits[id.0];
             match &mut limit.measure {
                 Measure::Concurrency(slots) => slots.give_back(now.saturating_duration_since(grant.at)),
@@ -309,7 +319,9 @@ impl<W> Queue<W> {
                 Measure::Tokens(bucket) if tokens < charged => bucket.give_back(charged - tokens, grant.charge),
                 Measure::Tokens(bucket) => bucket.owe(tokens - charged, correction, now),
             }
-            self.opened.push(id);
+            if !limit.line.is_empty() {
+                self.opened.push(id);
+            }
         }
         let share = match used {
             Used::Unsent => 0,
@@ -317,14 +329,19 @@ impl<W> Queue<W> {
             Used::Refused => grant.cost.prompt.max(LEAST_SHARE),
             Used::Tokens(tokens) => tokens.max(LEAST_SHARE),
         };
-        self.fair.correct(tenant, charged.max(LEAST_SHARE), share);
-        self.recount(tenant);
+        let weight = self.tenants.share(tenant).weight;
+        let (charged, service) = (Virtual::of(charged.max(LEAST_SHARE), weight), Virtual::of(share, weight));
+        self.recount(grant.flow, |line, here| match here {
+            true => line.correct(tenant, charged, service),
+            false => line.correct_elsewhere(tenant, charged, service),
+        });
     }
 
     /// Charges the request buckets on the way once more, whether they have room or not.
     pub fn charge_again(&mut self, grant: &Grant, now: Instant) {
         let charge = self.next_charge();
-        for id in self.path_of(grant) {
+        let path: Vec<LimitId> = path_of(&self.flows[grant.flow.0], grant).collect();
+        for id in path {
             if let Measure::Requests(bucket) = &mut self.limits[id.0].measure {
                 bucket.owe(1, charge, now);
                 self.set_timer(id, now);
@@ -356,8 +373,13 @@ impl<W> Queue<W> {
             while let Some(limit) = self.opened.pop() {
                 self.unpark_first(limit, now);
             }
-            let Some((_, rank, id)) = self.ready.first().copied() else { return };
+            let Some((rank, id)) = self.ready.first().copied() else { break };
             self.look_at(id, rank, now, &mut granted);
+        }
+        for (limit, tenant) in std::mem::take(&mut self.gone) {
+            for tenant in self.limits[limit.0].line.went(tenant) {
+                self.tenants.share_mut(tenant).lines.retain(|line| *line != limit);
+            }
         }
     }
 
@@ -390,17 +412,14 @@ impl<W> Queue<W> {
         LimitId(self.limits.len() - 1)
     }
 
-    fn is_full(&self) -> bool {
-        self.waiting >= self.rules.max_waiting
-    }
-
     fn next_charge(&mut self) -> ChargeNo {
         self.charges += 1;
         ChargeNo(self.charges)
     }
 
     fn need(&self, flow: FlowId, cost: Cost) -> Need {
-        Need { flow, model: self.flows[flow.0].model, tokens: cost.tokens() }
+        let Flow { tenant, model, .. } = self.flows[flow.0];
+        Need { flow, tenant, model, tokens: cost.tokens() }
     }
 
     /// What a flow's first waiter needs.
@@ -409,26 +428,17 @@ impl<W> Queue<W> {
         Some(self.need(flow, waiter.cost))
     }
 
-    /// A tenant that is idle begins where those are whom it is about to compete with.
-    fn begin(&mut self, id: FlowId) {
-        let flow = &self.flows[id.0];
-        let firsts = flow.path.iter().filter_map(|limit| Some(self.limits[limit.0].line.first()?.counter));
-        let others = firsts.min();
-        self.fair.begin(flow.tenant, others);
-    }
-
     /// The first limit on the way that holds up a waiter of this rank: one without room, or where an earlier one waits.
     fn blocker(&self, need: Need, rank: Rank, now: Instant) -> Option<LimitId> {
         let flow = &self.flows[need.flow.0];
-        let counter = self.fair.share(flow.tenant).counter;
-        let precedes = |head: Head| match head.tenant == flow.tenant {
+        let precedes = |line: &Line, head: Head| match head.tenant == flow.tenant {
             true => head.rank < rank,
-            false => (head.counter, head.rank) < (counter, rank),
+            false => (line.tag(head.tenant), head.rank) < (line.tag(flow.tenant), rank),
         };
         let holds_up = |limit: &Limit| {
             // Who has saved long enough has its turn.
             let saved = limit.saver.is_some_and(|saver| saver.need.flow == need.flow);
-            let has_turn = || saved || !limit.line.first().is_some_and(precedes);
+            let has_turn = || saved || !limit.line.first().is_some_and(|head| precedes(&limit.line, head));
             limit.concerns(need.tokens) && !(limit.has_room(need, now) && has_turn())
         };
         flow.path.iter().copied().find(|limit| holds_up(&self.limits[limit.0]))
@@ -457,35 +467,46 @@ impl<W> Queue<W> {
         }
         self.reserved_tokens = self.reserved_tokens.saturating_add(tokens);
         let tenant = flow.tenant;
-        self.fair.charge(tenant, tokens.max(LEAST_SHARE));
-        self.recount(tenant);
-        while let Some(laggard) = self.fair.set_forward() {
-            self.recount(laggard);
+        let share = self.tenants.share_mut(tenant);
+        let service = Virtual::of(tokens.max(LEAST_SHARE), share.weight);
+        for id in &flow.path {
+            let line = &mut self.limits[id.0].line;
+            // Where there is a line, whoever passes is known from now on.
+            if line.has_begun() && line.meet(tenant) {
+                share.lines.push(*id);
+            }
         }
+        self.recount(id, |line, here| match here {
+            true => line.served(tenant, service),
+            false => line.served_elsewhere(tenant, service),
+        });
         grant
     }
 
-    /// The limits that have counted what was granted.
-    fn path_of(&self, grant: &Grant) -> Vec<LimitId> {
-        let flow = &self.flows[grant.flow.0];
-        let observed = flow.observed.iter().enumerate();
-        let counted = observed.filter(|(place, _)| grant.observed & (1 << place) != 0).map(|(_, limit)| limit);
-        flow.path.iter().chain(counted).copied().collect()
-    }
-
-    /// A tenant's counter has changed: its places in line change with it.
-    fn recount(&mut self, tenant: TenantId) {
-        let share = self.fair.share(tenant);
-        for id in &share.held_up_at {
-            if self.limits[id.0].line.recount(tenant, share.counter) {
-                self.opened.push(*id);
+    /// What the flow's tenant has had changes in all lines where it is known, by way of this flow's limits or elsewhere. Where
+    /// that makes another the first, it may have room at once.
+    fn recount(&mut self, id: FlowId, change: impl Fn(&mut Line, bool)) {
+        let flow = &self.flows[id.0];
+        let lines = &self.tenants.share(flow.tenant).lines;
+        let elsewhere = lines.iter().filter(|limit| !flow.path.contains(limit)).map(|limit| (*limit, false));
+        for (limit, here) in flow.path.iter().map(|limit| (*limit, true)).chain(elsewhere) {
+            let Limit { line, saver, .. } = &mut self.limits[limit.0];
+            // Who has a line to itself competes with nobody there. One that uses many models has many such lines.
+            if !line.knows(flow.tenant) || !(here || line.is_shared()) {
+                continue;
+            }
+            let first = line.first().map(|head| head.tenant);
+            change(line, here);
+            // Who is behind one who saves may not be so any more.
+            if line.first().map(|head| head.tenant) != first || saver.is_some() {
+                self.opened.push(limit);
             }
         }
     }
 
     /// Lets the first of a ready flow through, or parks the flow at what holds it up.
     fn look_at(&mut self, id: FlowId, rank: Rank, now: Instant, granted: &mut impl FnMut(W, Grant)) {
-        let Place::Ready { from, .. } = self.unplace(id, now) else { unreachable!("only ready flows are looked at") };
+        let Place::Ready { from } = self.unplace(id, now) else { unreachable!("only ready flows are looked at") };
         let need = self.need_of(id).expect("a ready flow has a first waiter");
         let blocker = self.blocker(need, rank, now);
         if let Some(from) = from {
@@ -507,9 +528,8 @@ impl<W> Queue<W> {
     fn make_ready(&mut self, id: FlowId, from: Option<LimitId>) {
         let flow = &mut self.flows[id.0];
         let Some((rank, _)) = flow.waiters.first_key_value() else { return };
-        let counter = self.fair.share(flow.tenant).counter;
-        self.ready.insert((counter, *rank, id));
-        flow.place = Place::Ready { from, counter };
+        self.ready.insert((*rank, id));
+        flow.place = Place::Ready { from };
     }
 
     fn park(&mut self, need: Need, rank: Rank, at: LimitId, now: Instant) {
@@ -517,25 +537,27 @@ impl<W> Queue<W> {
         flow.place = Place::Parked(at);
         let load = flow.load;
         let head = self.head(need.flow, rank);
-        let share = self.fair.share_mut(head.tenant);
+        let share = self.tenants.share_mut(head.tenant);
         let limit = &mut self.limits[at.0];
-        if limit.line.insert(head, load, u64::from(share.weight.thousandths())) {
-            share.held_up_at.push(at);
+        if limit.line.load_of(head.tenant).requests == 0 {
             limit.begins_to_wait(head.tenant);
         }
-        match limit.saver {
-            Some(saver) if saver.need.model == need.model => limit.line.set_aside(head),
+        if limit.line.insert(head, load, u64::from(share.weight.thousandths())) {
+            share.lines.push(at);
+        }
+        if limit.is_behind_saver(need) {
+            limit.line.set_aside(head);
+        } else if limit.is_oversize(need.tokens) {
             // It may have to save, and nobody is to stand behind it until then.
-            _ if limit.is_oversize(need.tokens) => self.opened.push(at),
-            _ => {}
+            self.opened.push(at);
         }
         self.set_timer(at, now);
     }
 
     /// Makes the first of those parked here ready, if there is room for it. One at a time: it may take the last room.
     ///
-    /// One that needs more than a bucket ever holds is set aside until the bucket is full, and its model's others with it:
-    /// what is left of the refill goes to the other models.
+    /// One that needs more than a bucket ever holds is set aside until the bucket is full, and with it those behind it that
+    /// are for its model: what is left of the refill goes to the others.
     fn unpark_first(&mut self, at: LimitId, now: Instant) {
         loop {
             let limit = &self.limits[at.0];
@@ -548,10 +570,10 @@ impl<W> Queue<W> {
             if limit.has_room(need, now) {
                 return self.offer_room(head.flow, at, now);
             }
-            match limit.saver {
-                Some(saver) if saver.need.model == need.model => {}
-                None if limit.is_oversize(need.tokens) => limit.begin_saving(need, now),
-                _ => break,
+            if limit.saver.is_none() && limit.is_oversize(need.tokens) {
+                limit.begin_saving(need, now);
+            } else if !limit.is_behind_saver(need) {
+                break;
             }
             limit.line.set_aside(head);
         }
@@ -571,13 +593,13 @@ impl<W> Queue<W> {
         let (rank, load) = (*rank, flow.load);
         match place {
             Place::Empty => {}
-            Place::Ready { counter, .. } => {
-                self.ready.remove(&(counter, rank, id));
+            Place::Ready { .. } => {
+                self.ready.remove(&(rank, id));
             }
             Place::Parked(at) => {
                 let head = self.head(id, rank);
                 if self.limits[at.0].line.remove(head, load) {
-                    self.fair.share_mut(head.tenant).held_up_at.retain(|limit| *limit != at);
+                    self.gone.push((at, head.tenant));
                 }
                 self.set_timer(at, now);
             }
@@ -590,7 +612,7 @@ impl<W> Queue<W> {
         let limit = &mut self.limits[at.0];
         if limit.saver.is_some_and(|saver| saver.need.flow == id) {
             limit.saver = None;
-            limit.line.bring_back(|tenant| self.fair.share(tenant).counter);
+            limit.line.bring_back();
             self.opened.push(at);
         }
     }
@@ -599,11 +621,21 @@ impl<W> Queue<W> {
     fn leave_place(&mut self, id: FlowId, now: Instant) {
         match self.unplace(id, now) {
             Place::Empty => {}
-            Place::Ready { from, .. } => self.opened.extend(from),
+            Place::Ready { from } => self.opened.extend(from),
             Place::Parked(at) => {
+                self.pay_for_saving(id, at, now);
                 self.end_saving(id, at);
                 self.opened.push(at);
             }
+        }
+    }
+
+    /// Who saved and leaves has kept its model's others waiting: that counts as service, or one could do it for ever.
+    fn pay_for_saving(&mut self, id: FlowId, at: LimitId, now: Instant) {
+        let (tenant, limit) = (self.flows[id.0].tenant, &mut self.limits[at.0]);
+        if limit.saver.is_some_and(|saver| saver.need.flow == id) {
+            let weight = self.tenants.share(tenant).weight;
+            limit.line.served(tenant, Virtual::of(limit.saved(now), weight));
         }
     }
 
@@ -635,16 +667,15 @@ impl<W> Queue<W> {
         let waiter = flow.waiters.remove(&rank)?;
         flow.load = flow.load.minus(Load::one(waiter.cost.tokens()));
         if flow.waiters.is_empty() {
-            self.fair.share_mut(flow.tenant).backlog.remove(&id);
+            self.tenants.share_mut(flow.tenant).backlog.remove(&id);
         }
-        self.fair.leaves(flow.tenant);
+        self.tenants.leaves(flow.tenant);
         self.waiting -= 1;
         Some(waiter)
     }
 
     fn head(&self, flow: FlowId, rank: Rank) -> Head {
-        let tenant = self.flows[flow.0].tenant;
-        Head { tenant, counter: self.fair.share(tenant).counter, rank, flow }
+        Head { tenant: self.flows[flow.0].tenant, rank, flow }
     }
 
     /// What holds a flow up; between two pumps nobody is merely ready, and whatever is on the way will do.
@@ -674,26 +705,32 @@ impl<W> Queue<W> {
     /// Another tenant's waiter to give up its place in a full queue: the last of the one that fills it most, if this flow's
     /// tenant would still have less of it than that one. A retry is nobody's to displace: it was let through before.
     fn whom_to_displace(&self, id: FlowId) -> Option<Ticket> {
-        let share = |tenant: TenantId, waiting: u64| Virtual::of(waiting, self.fair.share(tenant).weight);
-        let (own, other) = (self.flows[id.0].tenant, self.fair.heaviest()?);
-        let (own_waiting, others_waiting) = (self.fair.share(own).waiting, self.fair.share(other).waiting);
+        let share = |tenant: TenantId, waiting: u64| Virtual::of(waiting, self.tenants.share(tenant).weight);
+        let (own, other) = (self.flows[id.0].tenant, self.tenants.heaviest()?);
+        let (own_waiting, others_waiting) = (self.tenants.share(own).waiting, self.tenants.share(other).waiting);
         if own == other || share(own, own_waiting + 1) > share(other, others_waiting - 1) {
             return None;
         }
         let last = |flow: &FlowId| {
-            let (rank, waiter) = self.flows[flow.0].waiters.last_key_value()?;
-            (!waiter.again).then_some(Ticket { flow: *flow, rank: *rank })
+            let (rank, _) = self.flows[flow.0].waiters.iter().rev().find(|(_, waiter)| !waiter.again)?;
+            Some(Ticket { flow: *flow, rank: *rank })
         };
-        self.fair.share(other).backlog.iter().filter_map(last).max_by_key(|ticket| ticket.rank)
+        self.tenants.share(other).backlog.iter().filter_map(last).max_by_key(|ticket| ticket.rank)
     }
 
-    fn displace(&mut self, id: FlowId, now: Instant) -> Option<(W, Refusal)> {
-        let ticket = self.whom_to_displace(id)?;
+    fn displace(&mut self, ticket: Ticket, now: Instant) -> Option<(W, Refusal)> {
         let blocker = self.held_up_by(ticket.flow)?;
         let waiter = self.remove(ticket, now)?;
         let refusal = self.refuse(ticket.flow, blocker, Cause::QueueFull, waiter.cost, waiter.max_wait, now);
         Some((waiter.wake, refusal))
     }
+}
+
+/// The limits that have counted what was granted.
+fn path_of<W>(flow: &Flow<W>, grant: &Grant) -> impl Iterator<Item = LimitId> {
+    let observed = flow.observed.iter().enumerate();
+    let counted = observed.filter(|(place, _)| grant.observed & (1 << place) != 0).map(|(_, limit)| limit);
+    flow.path.iter().chain(counted).copied()
 }
 
 #[cfg(test)]

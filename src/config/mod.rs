@@ -477,6 +477,9 @@ impl FromToml for Rate {
         let rate = rate.ok_or_else(|| format!("has no rate; {EXAMPLE}"))?;
         match burst {
             Some(0) => Err("a burst of 0 would let nothing pass; write at least 1".to_owned()),
+            Some(burst) if rate.with_burst(burst).time_to_fill() > Rate::LONGEST_FILL => Err(format!(
+                "a burst of {burst} at {rate} would take more than a year to come back; write a smaller one"
+            )),
             Some(burst) => Ok(rate.with_burst(burst)),
             None => Ok(rate),
         }

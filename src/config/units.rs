@@ -124,6 +124,15 @@ impl Rate {
         Self { burst: burst.max(1), ..self }
     }
 
+    /// The longest that a bucket may take to fill: more is no limit that anyone would see the end of.
+    pub const LONGEST_FILL: Duration = Duration::from_secs(366 * 86_400);
+
+    /// How long an empty bucket of this rate takes to fill.
+    pub fn time_to_fill(self) -> Duration {
+        let nanos = self.period.as_nanos() * u128::from(self.burst) / u128::from(self.count);
+        Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
+    }
+
     /// One of `replicas` equal shares of this quota. A share of a small quota keeps its rate by a longer period.
     #[must_use]
     pub fn share(self, replicas: u32) -> Self {

@@ -171,8 +171,10 @@ fn in_a_full_queue_one_with_less_takes_the_place_of_the_last_of_the_one_with_mos
     assert_eq!(world.refused[&5].cause, Cause::QueueFull);
     let eighth = world.arrive("a");
     assert!(world.refused.contains_key(&eighth), "now both have two");
-    for request in [1, sixth, 2, seventh, 3] {
-        world.finish(request);
+    assert!(world.tickets.contains_key(&sixth) && world.tickets.contains_key(&seventh));
+    for _ in 0..5 {
+        let under_way = *world.grants.keys().next().expect("one is under way");
+        world.finish(under_way);
     }
     assert!(world.tickets.is_empty() && world.grants.is_empty());
 }
@@ -347,4 +349,97 @@ fn who_returns_when_told_is_served_in_time_among_others_too() {
         let served = served_of_all(|| World::before_tokens("60000/min", 2000), 3000, tenants, 10..50);
         assert!(served >= 0.99, "{tenants} tenants: {served}");
     }
+}
+
+#[test]
+fn who_is_held_up_at_one_model_has_no_claims_at_another_for_it() {
+    let mut world = World::new(None, None).with_model("a", Some(("1/day", 1)), None).with_model("b", None, Some(1));
+    world.asks(1, 100).arrive("a");
+    world.arrive_for("a", MINUTE * 60 * 48);
+    for _ in 0..1000 {
+        let request = world.asks(2, 100).arrive("b");
+        world.finish(request);
+    }
+    let mut busy = world.asks(3, 100).arrive("b");
+    for _ in 0..100 {
+        world.asks(1, 100).arrive_for("b", MINUTE * 600);
+    }
+    let other = world.asks(2, 100).arrive_for("b", MINUTE * 600);
+    let before = world.admitted.len();
+    while !world.order().contains(&other) {
+        world.finish(busy);
+        busy = *world.order().last().expect("somebody is next");
+    }
+    assert!(world.admitted.len() - before <= 2, "{} turns", world.admitted.len() - before);
+}
+
+#[test]
+fn a_fast_model_does_not_blur_the_shares_at_a_slow_one() {
+    let mut world = World::new(None, None).with_tokens("b", ("6000/min", 1000));
+    for _ in 0..200 {
+        // Odd numbers are the light one's.
+        world.weight = Weight::ONE;
+        world.asks(1, 200).arrive_for("b", MINUTE * 6000);
+        world.weight = Weight::new(4.0).expect("a weight");
+        world.asks(2, 200).arrive_for("b", MINUTE * 6000);
+    }
+    world.weight = Weight::ONE;
+    let begun = world.admitted.len();
+    for _ in 0..1000 {
+        let request = world.asks(3, 10_000).arrive("a");
+        world.finish(request);
+        world.pass(millis(100));
+    }
+    let of_b: Vec<u64> = world.order()[begun..].iter().copied().filter(|request| *request <= 400).collect();
+    let light = of_b.iter().filter(|request| *request % 2 == 1).count();
+    let ratio = (of_b.len() - light) as f64 / light as f64;
+    assert!((ratio - 4.0).abs() < 0.5, "{ratio}");
+}
+
+#[test]
+fn who_asks_for_more_than_the_burst_and_leaves_again_and_again_does_not_stop_the_others() {
+    let mut world = World::before_tokens("60000/min", 6000);
+    world.asks(3, 6000).arrive("b");
+    let mut served = Vec::new();
+    for _ in 0..60 {
+        // Another model keeps the bucket from filling; the light one's model is the one that is asked for too much of.
+        for _ in 0..10 {
+            world.asks(3, 100).arrive_for("b", MINUTE);
+        }
+        let huge = world.asks(1, 6001).arrive_for("a", MINUTE);
+        let light = world.asks(2, 10).arrive_for("a", MINUTE);
+        world.pass(Duration::from_secs(1));
+        served.push(world.order().contains(&light));
+        if world.tickets.contains_key(&huge) {
+            world.leave(huge);
+        }
+    }
+    let in_time = served.iter().filter(|served| **served).count();
+    assert!(in_time >= 50, "{in_time} of 60 within a second");
+}
+
+#[test]
+fn who_is_alone_now_is_not_refused_for_those_it_shared_with_before() {
+    let mut world = World::new(Some(("10/s", 1)), None);
+    for _ in 0..100 {
+        for tenant in 1..=20 {
+            world.asks(tenant, 100).arrive_for("a", Duration::from_secs(5));
+        }
+        world.pass(millis(100));
+    }
+    for request in world.tickets.keys().copied().collect::<Vec<_>>() {
+        world.leave(request);
+    }
+    let before = world.refused.len();
+    for _ in 0..10 {
+        for _ in 0..20 {
+            world.asks(1, 100).arrive_for("a", Duration::from_secs(5));
+        }
+        world.pass(Duration::from_secs(2));
+    }
+    assert!(
+        world.refused.len() - before <= 20,
+        "{} of 200 refused, by a limit that stood idle",
+        world.refused.len() - before
+    );
 }

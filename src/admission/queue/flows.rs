@@ -65,13 +65,13 @@ impl<W> Queue<W> {
 
     /// The limits that a request of this tenant in this lane has to pass; none where nobody has come that way lately.
     pub fn limits_on_the_way(&self, tenant: Tenant, lane: Lane) -> impl Iterator<Item = &Limit> + '_ {
-        let flow = self.fair.known(tenant).zip(self.of_lane.get(&self.lane_in_use(lane)).copied());
+        let flow = self.tenants.known(tenant).zip(self.of_lane.get(&self.lane_in_use(lane)).copied());
         let flow = flow.and_then(|key| self.of_flow.get(&key)).map(|id| &self.flows[id.0]);
         flow.into_iter().flat_map(|flow| &flow.path).map(|id| &self.limits[id.0])
     }
 
     pub(super) fn flow_of(&mut self, ask: &Ask, model_name: impl Fn() -> Arc<str>) -> FlowId {
-        let tenant = self.fair.find(ask.tenant, ask.weight);
+        let tenant = self.tenants.find(ask.tenant, ask.weight);
         if let Some(lane) = self.of_lane.get(&ask.lane)
             && let Some(id) = self.of_flow.get(&(tenant, *lane))
         {
@@ -79,7 +79,7 @@ impl<W> Queue<W> {
         }
         // The tenant may have been idle long enough to be forgotten.
         self.sweep();
-        let tenant = self.fair.find(ask.tenant, ask.weight);
+        let tenant = self.tenants.find(ask.tenant, ask.weight);
         let lane = self.lane_of(ask.lane, model_name);
         match self.of_flow.get(&(tenant, lane)) {
             Some(id) => *id,
@@ -145,7 +145,7 @@ impl<W> Queue<W> {
         };
         self.of_flow.insert((tenant, lane), id);
         self.lanes[lane.0].flows += 1;
-        self.fair.share_mut(tenant).flows += 1;
+        self.tenants.share_mut(tenant).flows += 1;
         id
     }
 
@@ -153,7 +153,7 @@ impl<W> Queue<W> {
     fn sweep(&mut self) {
         let many = self.of_flow.len() >= self.flows_before_sweep
             || self.of_lane.len() >= MAX_LANES
-            || self.fair.known_tenants() > 2 * MAX_IDLE;
+            || self.tenants.known_tenants() > 2 * MAX_IDLE;
         if !many {
             return;
         }
@@ -162,7 +162,7 @@ impl<W> Queue<W> {
         for id in idle {
             let Flow { tenant, lane, .. } = self.flows[id.0];
             self.lanes[lane.0].flows -= 1;
-            self.fair.share_mut(tenant).flows -= 1;
+            self.tenants.share_mut(tenant).flows -= 1;
             self.free_flows.push(id);
         }
         let lanes = &self.lanes;
@@ -171,7 +171,13 @@ impl<W> Queue<W> {
             self.free_limits.extend(self.lanes[id.0].own_slots.take());
             self.free_lanes.push(id);
         }
-        self.fair.forget_idle(MAX_IDLE);
+        let forgotten = self.tenants.forget_idle();
+        for (tenant, lines) in &forgotten {
+            lines.iter().for_each(|limit| self.limits[limit.0].line.forget(*tenant));
+        }
+        // Their places are given to others, who have been promised nothing.
+        let forgotten = forgotten.into_iter().map(|(tenant, _)| tenant).collect();
+        self.limits.iter_mut().for_each(|limit| limit.forget(&forgotten));
         // Where many are in use, not at each newcomer.
         self.flows_before_sweep = MAX_IDLE.max(2 * self.of_flow.len());
     }

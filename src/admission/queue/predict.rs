@@ -114,16 +114,21 @@ impl<W> Queue<W> {
     fn with_shares(&self, at: LimitId, id: FlowId, own: Load) -> Load {
         let tenant = self.flows[id.0].tenant;
         if let Some(shared_by) = self.limits[at.0].shared_by(tenant) {
-            let share = self.fair.share(tenant);
             // Before its first turn the others come as far as it is already.
-            let lead = self.fair.now().tokens_until(share.counter, share.weight);
+            let line = &self.limits[at.0].line;
+            let lead = line.clock().tokens_until(line.tag(tenant), self.tenants.share(tenant).weight);
             let own_tokens = own.tokens.max(LEAST_SHARE) as f64;
             let others = (shared_by - 1.0) * (own_tokens + lead as f64) / own_tokens;
-            let all = |own: u64| (own as f64 * (1.0 + others)) as u64;
-            return Load { requests: all(own.requests), tokens: all(own.tokens) };
+            let part = |own: u64| (own as f64 * others) as u64;
+            // Of late is not now: others who have gone are not expected.
+            let waiting = line.load().minus(line.load_of(tenant));
+            return own.plus(Load {
+                requests: part(own.requests).min(4 * waiting.requests),
+                tokens: part(own.tokens).min(waiting.tokens.saturating_mul(4)),
+            });
         }
         let line = &self.limits[at.0].line;
-        let weight = u128::from(self.fair.share(tenant).weight.thousandths());
+        let weight = u128::from(self.tenants.share(tenant).weight.thousandths());
         let others = u128::from(line.weights_without(tenant));
         let part = |own: u64| u64::try_from(u128::from(own) * others / weight).unwrap_or(u64::MAX);
         let waiting = line.load().minus(line.load_of(tenant));
@@ -142,16 +147,15 @@ impl<W> Queue<W> {
         for flow in line.flows_of(tenant).filter(|flow| *flow != id).take(MAX_LOOKED_AT) {
             ahead = ahead.plus(self.most_by(flow, at, until, now));
         }
-        let share = self.fair.share(tenant);
-        let turn = share.counter.plus(Virtual::of(own.plus(ahead).tokens, share.weight));
+        let turn = line.tag(tenant).plus(Virtual::of(own.plus(ahead).tokens, self.tenants.share(tenant).weight));
         let mut of_tenant: Option<(TenantId, u64)> = None;
-        for (counter, other, flow) in line.others(tenant).take(MAX_LOOKED_AT) {
-            if counter >= turn {
+        for (tag, other, flow) in line.others(tenant).take(MAX_LOOKED_AT) {
+            if tag >= turn {
                 break;
             }
             let left = match of_tenant {
                 Some((same, left)) if same == other => left,
-                _ => counter.tokens_until(turn, self.fair.share(other).weight),
+                _ => tag.tokens_until(turn, self.tenants.share(other).weight),
             };
             let mut passes = self.most_by(flow, at, until, now).up_to_tokens(left);
             passes.requests = passes.requests.min(left.div_ceil(LEAST_SHARE));
@@ -172,7 +176,7 @@ impl<W> Queue<W> {
     /// How long this limit takes for a load of this tenant's, others taking turns with it.
     fn time_in_turn(&self, at: LimitId, tenant: TenantId, load: Load) -> Duration {
         let limit = &self.limits[at.0];
-        let own = f64::from(self.fair.share(tenant).weight.thousandths());
+        let own = f64::from(self.tenants.share(tenant).weight.thousandths());
         let others = limit.line.weights_without(tenant) as f64;
         let shared_by = limit.shared_by(tenant).unwrap_or((own + others) / own);
         let seconds = limit.time_for(load).as_secs_f64() * shared_by;

@@ -110,8 +110,8 @@ impl World {
         match self.queue.offer(&ask, || model.into(), self.now) {
             Offer::Admitted(grant) => self.admit(request, grant),
             Offer::Refused(refusal) => drop(self.refused.insert(request, refusal)),
-            Offer::MustWait(flow) => {
-                let (ticket, displaced) = self.queue.enqueue(flow, &ask, request, self.now);
+            Offer::MustWait(opening) => {
+                let (ticket, displaced) = self.queue.enqueue(&opening, &ask, request, self.now);
                 self.tickets.insert(request, ticket);
                 if let Some((other, refusal)) = displaced {
                     self.tickets.remove(&other);
@@ -423,4 +423,19 @@ fn assert_rate(admitted: &[(u64, u64)], per_second: u64, burst: u32, seed: u64) 
             assert!((j - i + 1) as u64 <= most, "seed {seed}: {} in {} ms", j - i + 1, to - from);
         }
     }
+}
+
+/// Two limits open in the same moment for two flows of one tenant: with the one's turn the other's place in line changes, and
+/// the room that it was offered is another's.
+#[test]
+fn room_that_was_offered_and_not_used_is_offered_to_whoever_is_first_then() {
+    let mut world = World::new(None, None).with_model("a", Some(("1/s", 1)), None).with_model("b", None, Some(1));
+    let ask = |world: &mut World, tenant: u64, model: &str| world.asks(tenant, 100).arrive(model);
+    ask(&mut world, 9, "a");
+    let busy = ask(&mut world, 9, "b");
+    let waiters = [ask(&mut world, 1, "a"), ask(&mut world, 1, "b"), ask(&mut world, 2, "b")];
+    // The bucket is due in the very moment in which the slot becomes free.
+    world.now += millis(1000);
+    world.finish(busy);
+    assert_eq!(world.grants.len(), 3, "the first, and one more for each limit: {waiters:?}");
 }

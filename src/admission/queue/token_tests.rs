@@ -119,3 +119,15 @@ fn a_models_limit_of_tokens_does_not_hold_other_models_up() {
     world.pass(MINUTE * 2);
     assert_eq!(at(&world.admitted, held_up), Some(100_000));
 }
+
+#[test]
+fn behind_one_who_saves_the_queue_is_bounded_too() {
+    let mut world = World::before_tokens("60000/min", 1000);
+    world.queue.rules.max_waiting = 5;
+    world.asks(1, 500).arrive("a");
+    world.asks(1, 5000).arrive("a");
+    for _ in 0..100 {
+        world.asks(1, 10).arrive("a");
+    }
+    assert_eq!((world.tickets.len(), world.refused.len()), (5, 96));
+}
