@@ -43,9 +43,12 @@ impl UsageOption {
         could_be_about_it(status) && (self.of(model) != Known::Served || names_it().is_some())
     }
 
-    /// The model has served a stream that was asked for its usage.
+    /// The model has served a stream that was asked for its usage. Of those that have no name to weir, one proves nothing
+    /// about another.
     pub(super) fn served(&self, model: ModelId) {
-        self.set(model, Known::Served);
+        if model != ModelId::OTHER {
+            self.set(model, Known::Served);
+        }
     }
 
     /// The model has served without the option what it refused with it.

@@ -270,6 +270,18 @@ async fn each_model_refuses_for_itself() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_model_without_a_name_proves_nothing_about_another() {
+    let world = World::new(BUDGET, |seen| {
+        let is_ignorant = String::from_utf8_lossy(&seen.body).contains("deepseek");
+        if is_ignorant { ignorant(seen) } else { obliging(seen) }
+    });
+    let nameless = STREAM.replace(r#""model":"gpt-4.1-mini","#, "");
+    assert_plain(&world.send(chat(&nameless)).await);
+    assert_plain(&world.send(chat(&STREAM.replace("gpt-4.1-mini", "deepseek-chat"))).await);
+    assert_eq!(asked_and_not(&world), (2, 1));
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_400_of_the_clients_own_is_passed_on() {
     let is_wrong = |seen: &Seen| String::from_utf8_lossy(&seen.body).contains("wrong");
     let wrong = || chat(&STREAM.replace("hello", "wrong"));
