@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::fates::Tape;
-use super::rules::{CLIENTS, MODELS};
+use super::rules::{CLIENTS, MODELS, STRANGER};
 use crate::world::{World, bearer, over_http2, request, with};
 
 /// What is asked for.
@@ -214,11 +214,8 @@ impl Client {
         if let Line::Http2(_) = self.line {
             request = over_http2(request);
         }
-        // Where weir knows no names, the key means nothing.
-        let name_of_client = CLIENTS[self.number % CLIENTS.len()];
-        let known = self.rng.random_bool(0.98);
-        let request = bearer(request, &if known { format!("sk-{name_of_client}") } else { "sk-unknown".to_owned() });
-        let request = with(request, "x-test-client", name_of_client);
+        let client = if self.rng.random_bool(0.98) { CLIENTS[self.number % CLIENTS.len()] } else { STRANGER };
+        let request = with(bearer(request, &format!("sk-{client}")), "x-test-client", client);
         let request = with(with(request, "x-test-id", id), "x-test-kind", name);
         with(request, "x-test-model", if metered { model } else { "-" })
     }

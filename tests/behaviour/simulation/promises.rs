@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::clients::{End, Kind, Record};
 use super::fates::{Attempt, Fate};
-use super::rules::{CLIENTS as NAMES, MODELS, Own, Rate, Rules, Tenants};
+use super::rules::{CLIENTS as NAMES, MODELS, Own, Rate, Rules, STRANGER, Tenants};
 use super::{CLIENTS, REQUESTS_PER_CLIENT, Story};
 
 const REQUESTS: usize = CLIENTS * REQUESTS_PER_CLIENT;
@@ -84,7 +84,7 @@ impl Story {
         let of_model = || MODELS.iter().zip(self.rules.models).find(|(model, _)| **model == name).map(|(_, own)| own);
         let of_client = || match &self.rules.tenants {
             Tenants::Named(clients) => NAMES.iter().zip(clients).find(|(it, _)| **it == name).map(|(_, (_, own))| *own),
-            Tenants::One | Tenants::Addresses => None,
+            Tenants::Keys | Tenants::Addresses => None,
         };
         let Rules { requests, tokens, slots, .. } = self.rules;
         let own = match scope {
@@ -161,9 +161,14 @@ impl Story {
         check_slots(&spans, self.rules.slots.map(|slots| slots as usize));
         check_rate(&charged(&|_| true), self.rules.requests);
         for (name, Own { requests, slots, .. }) in MODELS.iter().zip(self.rules.models) {
-            let lane = self.rules.slots.is_none().then_some(LANE_SLOTS);
-            let tightest = slots.map(|slots| slots as usize).into_iter().chain(lane).min();
-            check_slots(&spans_of(&|it| it.model == *name), tightest);
+            check_slots(&spans_of(&|it| it.model == *name), slots.map(|slots| slots as usize));
+            let lane_slots = self.rules.slots.is_none().then_some(LANE_SLOTS);
+            match self.rules.tenants {
+                Tenants::Keys => NAMES.iter().chain([&STRANGER]).for_each(|key| {
+                    check_slots(&spans_of(&|it| it.model == *name && it.client == *key), lane_slots);
+                }),
+                _ => check_slots(&spans_of(&|it| it.model == *name), lane_slots),
+            }
             check_rate(&charged(&|it| it.model == *name), requests);
         }
         let Tenants::Named(clients) = &self.rules.tenants else { return };

@@ -12,7 +12,7 @@ pub const MODELS: [&str; 3] = ["gpt-4.1-mini", "deepseek-chat", "made-up"];
 /// `timeouts.connect`.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The clients that a world may know by name.
+/// The names of the clients, of which several have the same, and one key for each.
 pub const CLIENTS: [&str; 3] = ["a", "b", "c"];
 
 /// A limit of requests or tokens: so many a second, and so many at once.
@@ -63,11 +63,14 @@ fn slots(rng: &mut SmallRng, range: Range<u32>) -> Option<u32> {
     rng.random_bool(0.6).then(|| rng.random_range(range))
 }
 
+/// Whose key nobody knows.
+pub const STRANGER: &str = "stranger";
+
 /// What tells clients apart.
 #[derive(Debug)]
 pub enum Tenants {
-    /// Nothing: they send no keys.
-    One,
+    /// Their keys, which pass through, once the gateway has served them.
+    Keys,
     /// The addresses that they come from: weir has a key of its own.
     Addresses,
     /// Their keys, with a weight and limits for each of [`CLIENTS`].
@@ -97,7 +100,7 @@ impl Rules {
             slots: slots(rng, 5..30),
             models: [(); 2].map(|()| Own::random(rng)),
             tenants: match rng.random_range(0..3) {
-                0 => Tenants::One,
+                0 => Tenants::Keys,
                 1 => Tenants::Addresses,
                 _ => Tenants::Named([(); CLIENTS.len()].map(|()| (rng.random_range(1..5), Own::random(rng)))),
             },
@@ -123,7 +126,7 @@ impl Rules {
         for (name, limits) in MODELS.iter().zip(self.models) {
             config.push_str(&format!("[models.{name:?}]\n{}", limits.lines()));
         }
-        if !matches!(self.tenants, Tenants::One) {
+        if !matches!(self.tenants, Tenants::Keys) {
             config.push_str("[upstream]\napi_key = \"sk-upstream\"\n");
         }
         if let Tenants::Named(clients) = &self.tenants {
