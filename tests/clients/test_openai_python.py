@@ -21,7 +21,11 @@ QUICK_RETRIES = '[retry]\nbase_delay = "10ms"\n'
 @pytest.fixture
 def client(stack: ExitStack):
     """A client of that weir; `max_retries` as the SDK has it unless the test says otherwise."""
-    return lambda weir, **options: stack.enter_context(openai.OpenAI(base_url=weir.base_url, api_key="any", **options))
+
+    def client(weir, api_key="any", **options):
+        return stack.enter_context(openai.OpenAI(base_url=weir.base_url, api_key=api_key, **options))
+
+    return client
 
 
 def ask(client: openai.OpenAI, **options):
@@ -45,6 +49,36 @@ def test_a_stream_brings_its_pieces_and_its_usage(client, start_simulator, start
     assert len([chunk for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]) > 1
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1]
     assert chunks[-1].usage.total_tokens > 0
+
+
+def test_a_stream_that_asks_for_no_usage_brings_none_though_weir_counts_it(client, start_simulator, start_weir):
+    weir = start_weir(start_simulator(*QUICK), KNOWN_MODEL + 'tokens = "1000000/min"')
+    chunks = list(ask(client(weir), stream=True))
+    assert len(chunks) > 1
+    assert all(chunk.choices and chunk.usage is None for chunk in chunks)
+    weir.wait_until_idle()
+    assert weir.metric("weir_tokens_total", kind="completion") > 0
+    assert weir.metric("weir_reserved_tokens") == 0
+
+
+def test_the_rest_of_the_token_quota_stands_in_the_headers(client, start_simulator, start_weir):
+    weir = start_weir(start_simulator(*QUICK), KNOWN_MODEL + 'tokens = { rate = "1000/day", burst = 900 }')
+    create = client(weir).chat.completions.with_raw_response.create
+    raw = create(model=MODEL, messages=MESSAGES, max_tokens=5)
+    assert raw.headers["x-ratelimit-limit-tokens"] == "1000"
+    assert 0 < int(raw.headers["x-ratelimit-remaining-tokens"]) < 900
+    assert raw.parse().usage.total_tokens > 0
+
+
+def test_clients_are_known_by_their_keys_and_an_unknown_one_is_turned_away(client, start_simulator, start_weir):
+    keys = "\n".join(f'[clients.{name}]\nkey = "sk-{name}"' for name in ["one", "two"])
+    weir = start_weir(start_simulator(*QUICK), KNOWN_MODEL + keys)
+    for name in ["one", "two"]:
+        assert ask(client(weir, api_key=f"sk-{name}")).choices[0].message.content
+        assert weir.metric("weir_requests_total", client=name, outcome="ok") == 1
+    with pytest.raises(openai.AuthenticationError) as refused:
+        ask(client(weir, api_key="sk-three"))
+    assert refused.value.code == "invalid_api_key"
 
 
 def test_embeddings_come_back_one_for_each_input(client, start_simulator, start_weir):
