@@ -135,6 +135,8 @@ pub struct Relay {
     meter: Meter,
     /// Where the client is not to see the usage that weir has asked for.
     hiding: Option<Hiding>,
+    /// What comes behind the body.
+    trailers: Option<Frame<Bytes>>,
     /// When the last chunk came.
     quiet_since: Instant,
     /// Armed while waiting for a chunk; it may ring early, since it is not reset with each one.
@@ -166,7 +168,8 @@ impl Relay {
         let meter = Meter { format: if metered { Format::of(head) } else { Format::Opaque }, bytes: 0 };
         let hiding = hides_usage.then(Hiding::default);
         let (status, quiet_since) = (head.status, Instant::now());
-        let mut relay = Self { source, ledger, status, endpoint, meter, hiding, quiet_since, alarm: None };
+        let mut relay =
+            Self { source, ledger, status, endpoint, meter, hiding, trailers: None, quiet_since, alarm: None };
         relay.end_if_whole();
         relay
     }
@@ -206,7 +209,7 @@ impl Relay {
             return;
         }
         let cost = permit.cost();
-        match (self.meter.usage(), &self.meter.format) {
+        match (self.meter.usage(whole), &self.meter.format) {
             // A Messages stream begins with a usage, which counts hardly anything of what follows.
             (Some(usage), Format::Events { .. }) if !whole => {
                 self.ledger.used(usage);
@@ -280,13 +283,19 @@ impl Relay {
         if let Some(chunk) = self.source.opening.chunks.pop_front() {
             return Poll::Ready(self.pass(chunk));
         }
-        let Some(rest) = &mut self.source.rest else { return Poll::Ready(Next::End) };
+        let Some(rest) = &mut self.source.rest else {
+            return Poll::Ready(self.trailers.take().map_or(Next::End, |trailers| Next::Frame(Ok(trailers))));
+        };
         Poll::Ready(match rest.poll_frame(cx) {
             Poll::Ready(Some(Ok(frame))) => {
                 self.quiet_since = Instant::now();
                 match frame.into_data() {
                     Ok(chunk) => self.pass(chunk),
-                    Err(trailers) => Next::Frame(Ok(trailers)),
+                    Err(trailers) => {
+                        // hyper asks for nothing more behind them: the account has to be closed before.
+                        self.trailers = Some(trailers);
+                        Next::Hidden
+                    }
                 }
             }
             Poll::Ready(Some(Err(error))) => {
@@ -339,7 +348,8 @@ impl Body for Relay {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.source.is_read() && self.hiding.as_ref().is_none_or(|hiding| hiding.passed.is_empty())
+        let all_passed = self.hiding.as_ref().is_none_or(|hiding| hiding.passed.is_empty());
+        self.source.is_read() && all_passed && self.trailers.is_none()
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -439,7 +449,7 @@ impl Meter {
                 let before = *begun;
                 scanner.feed(chunk, |event| {
                     *begun = true;
-                    *usage = match (*usage, usage::find(event.data)) {
+                    *usage = match (*usage, usage::of_event(event.data)) {
                         (Some(earlier), Some(later)) => Some(earlier.merge(later)),
                         (earlier, later) => later.or(earlier),
                     };
@@ -458,11 +468,12 @@ impl Meter {
         }
     }
 
-    fn usage(&self) -> Option<Usage> {
+    fn usage(&self, whole: bool) -> Option<Usage> {
         match &self.format {
             Format::Events { usage, .. } => *usage,
-            Format::Json(tail) => tail.usage(),
-            Format::Opaque => None,
+            // Where a document breaks off, nobody knows what its end would have been.
+            Format::Json(tail) if whole => tail.usage(),
+            Format::Json(_) | Format::Opaque => None,
         }
     }
 

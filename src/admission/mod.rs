@@ -106,8 +106,8 @@ pub struct Permit {
     grant: Grant,
     /// What its estimate was made from, and for which model.
     estimated: Option<(ModelId, Size)>,
-    /// The gateway may have seen the request.
-    spent: bool,
+    /// How often the gateway may have seen the request.
+    written: u32,
     /// What it came to, as far as that is known.
     used: Used,
 }
@@ -319,7 +319,7 @@ impl Gate {
     fn permit(&self, grant: Grant) -> Permit {
         let gate = self.me.upgrade().expect("a gate that is asked is alive");
         let used = Used::Tokens(grant.cost().prompt);
-        Permit { gate, grant, estimated: None, spent: false, used }
+        Permit { gate, grant, estimated: None, written: 0, used }
     }
 
     fn learned<T>(&self, model: ModelId, look: impl FnOnce(&mut Learned) -> T) -> T {
@@ -353,14 +353,15 @@ impl Permit {
     /// The request is about to be written: from here on it counts against the quota. Written once more (a pooled
     /// connection turned out to be closed), it counts again, as debt: the next in line waits for it.
     pub fn spend(&mut self) {
-        if std::mem::replace(&mut self.spent, true) {
+        self.written += 1;
+        if self.written > 1 {
             self.gate.change(|queue, now| queue.charge_again(&self.grant, now));
         }
     }
 
-    /// After all, nothing was written.
+    /// After all, nothing was written this time.
     pub fn was_not_written(&mut self) {
-        self.spent = false;
+        self.written = self.written.saturating_sub(1);
     }
 
     /// What the request was estimated to cost.
@@ -394,14 +395,14 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let used = if self.spent { self.used } else { Used::Unsent };
+        let used = if self.written > 0 { self.used } else { Used::Unsent };
         self.gate.change(|queue, now| queue.release(&self.grant, used, now));
     }
 }
 
 impl std::fmt::Debug for Permit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Permit").field("grant", &self.grant).field("spent", &self.spent).finish_non_exhaustive()
+        f.debug_struct("Permit").field("grant", &self.grant).field("written", &self.written).finish_non_exhaustive()
     }
 }
 

@@ -53,20 +53,37 @@ impl Tail {
         self.0.extend_from_slice(chunk);
     }
 
-    /// The usage in these bytes.
+    /// The usage of the document that ends with these bytes: a member of its root.
     pub fn usage(&self) -> Option<Usage> {
-        find(&self.0)
+        find(&self.0, |outline| outline.depth == 1)
     }
 }
 
-/// The last `"usage"` object in a piece of JSON, which may begin anywhere.
+/// The usage that a stream's event tells: a member of its root, or of the `response` or `message` in it.
 ///
-/// Inside a JSON string the word's quotes would be escaped, so they can't be mistaken for the key.
-pub fn find(json: &[u8]) -> Option<Usage> {
+/// Of a long event the end is enough.
+pub fn of_event(json: &[u8]) -> Option<Usage> {
+    find(json, |outline| match outline.depth {
+        1 => true,
+        2 => outline.is_member_of(&[b"\"response\"", b"\"message\""]),
+        _ => false,
+    })
+}
+
+/// The last `"usage"` object that is in its place, in JSON of which at least the end is there.
+///
+/// Gateways repeat what clients send: the Responses API tells a request's tools, and a tool may well have a parameter of
+/// that name. What stands deeper than the gateway's own word would is not it.
+fn find(json: &[u8], in_its_place: impl Fn(&Outline<'_>) -> bool) -> Option<Usage> {
     let key = b"\"usage\"";
+    let mut outline = Outline { json, at: json.len(), depth: 0, in_string: false };
     let mut end = json.len();
     while let Some(at) = memmem::rfind(&json[..end], key) {
-        if (at == 0 || json[at - 1] != b'\\')
+        while outline.at > at + key.len() {
+            outline.step_back();
+        }
+        if !outline.in_string
+            && in_its_place(&outline)
             && let Some(usage) = read(&json[at + key.len()..])
         {
             return Some(usage);
@@ -74,6 +91,46 @@ pub fn find(json: &[u8]) -> Option<Usage> {
         end = at;
     }
     None
+}
+
+/// How deep a place in JSON is, counted from its end.
+#[derive(Clone, Copy)]
+struct Outline<'j> {
+    json: &'j [u8],
+    at: usize,
+    /// Objects and arrays around it: 1 within the root.
+    depth: usize,
+    in_string: bool,
+}
+
+impl Outline<'_> {
+    fn step_back(&mut self) {
+        self.at -= 1;
+        match self.json[self.at] {
+            b'"' if !self.is_escaped() => self.in_string = !self.in_string,
+            b'}' | b']' if !self.in_string => self.depth += 1,
+            b'{' | b'[' if !self.in_string => self.depth = self.depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+
+    /// Whether an odd number of backslashes stands before this place.
+    fn is_escaped(&self) -> bool {
+        self.json[..self.at].iter().rev().take_while(|byte| **byte == b'\\').count() % 2 == 1
+    }
+
+    /// Whether the object around this place has one of these keys. One whose beginning is cut off might.
+    fn is_member_of(&self, keys: &[&[u8]]) -> bool {
+        let (mut outside, depth) = (*self, self.depth);
+        while outside.depth >= depth {
+            if outside.at == 0 {
+                return true;
+            }
+            outside.step_back();
+        }
+        let before = self.json[..outside.at].trim_ascii_end();
+        before.strip_suffix(b":").is_some_and(|key| keys.iter().any(|known| key.trim_ascii_end().ends_with(known)))
+    }
 }
 
 /// Reads `: {…}`, whatever follows it.
@@ -140,14 +197,17 @@ mod tests {
     fn the_usage_of_each_api_is_read() {
         let chat = br#"{"choices":[],"usage":{"prompt_tokens":10,"completion_tokens":5,"total_tokens":15,
             "prompt_tokens_details":{"cached_tokens":4},"completion_tokens_details":{"reasoning_tokens":2}},"x":"y"}"#;
-        assert_eq!(find(chat), Some(Usage { prompt: 10, completion: 5, cached: 4, reasoning: 2, counted: 10 }));
-        assert_eq!(find(br#"{"usage": {"prompt_tokens":3,"total_tokens":3}}"#).map(|usage| usage.prompt), Some(3));
-        assert_eq!(find(br#""usage" : {"input_tokens":1,"output_tokens":2}"#).map(|usage| usage.completion), Some(2));
+        assert_eq!(of_event(chat), Some(Usage { prompt: 10, completion: 5, cached: 4, reasoning: 2, counted: 10 }));
+        assert_eq!(of_event(br#"{"usage": {"prompt_tokens":3,"total_tokens":3}}"#).map(|usage| usage.prompt), Some(3));
+        assert_eq!(
+            of_event(br#"{"usage" : {"input_tokens":1,"output_tokens":2} }"#).map(|usage| usage.completion),
+            Some(2)
+        );
     }
 
     #[test]
     fn what_a_cache_had_is_a_part_of_the_prompt_but_counts_only_where_the_api_counts_it() {
-        let of = |json: &str| find(json.as_bytes()).map(|usage| (usage.prompt, usage.cached, usage.quota()));
+        let of = |json: &str| of_event(json.as_bytes()).map(|usage| (usage.prompt, usage.cached, usage.quota()));
         let responses =
             r#"{"usage":{"input_tokens":100,"input_tokens_details":{"cached_tokens":60},"output_tokens":5}}"#;
         assert_eq!(of(responses), Some((100, 60, 105)));
@@ -165,12 +225,12 @@ mod tests {
     fn both_names_at_once_are_one_count() {
         let both = br#"{"usage":{"prompt_tokens":10,"completion_tokens":5,"input_tokens":10,"output_tokens":5,
             "prompt_tokens_details":null,"input_tokens_details":{"cached_tokens":4}}}"#;
-        assert_eq!(find(both), Some(Usage { prompt: 10, completion: 5, cached: 4, reasoning: 0, counted: 10 }));
+        assert_eq!(of_event(both), Some(Usage { prompt: 10, completion: 5, cached: 4, reasoning: 0, counted: 10 }));
     }
 
     #[test]
     fn half_a_count_and_an_absurd_one_are_counts_too() {
-        let quota = |json: &str| find(json.as_bytes()).map(Usage::quota);
+        let quota = |json: &str| of_event(json.as_bytes()).map(Usage::quota);
         assert_eq!(quota(r#"{"usage":{"input_tokens":7}}"#), Some(7));
         assert_eq!(quota(r#"{"usage":{"completion_tokens":7,"prompt_tokens":null}}"#), Some(7));
         assert_eq!(quota(r#"{"usage":{"total_tokens":7}}"#), None);
@@ -182,8 +242,8 @@ mod tests {
     #[test]
     fn events_that_tell_parts_or_all_so_far_add_up_to_one_usage() {
         let start =
-            find(br#"{"message":{"usage":{"input_tokens":10,"cache_read_input_tokens":90,"output_tokens":1}}}"#);
-        let delta = find(br#"{"type":"message_delta","usage":{"output_tokens":15}}"#);
+            of_event(br#"{"message":{"usage":{"input_tokens":10,"cache_read_input_tokens":90,"output_tokens":1}}}"#);
+        let delta = of_event(br#"{"type":"message_delta","usage":{"output_tokens":15}}"#);
         let (start, delta) = (start.expect("usage"), delta.expect("usage"));
         let whole = Usage { prompt: 100, completion: 15, cached: 90, reasoning: 0, counted: 10 };
         assert_eq!((start.merge(delta), whole.quota()), (whole, 25));
@@ -193,9 +253,27 @@ mod tests {
 
     #[test]
     fn the_word_inside_a_string_is_not_usage() {
-        assert_eq!(find(br#"{"content":"the \"usage\":{\"prompt_tokens\":9}"}"#), None);
-        assert_eq!(find(br#"{"content":"usage","usage":null}"#), None);
-        assert_eq!(find(br#"{"usage":{"prompt_tokens":"#), None);
+        assert_eq!(of_event(br#"{"content":"the \"usage\":{\"prompt_tokens\":9}"}"#), None);
+        assert_eq!(of_event(br#"{"content":"usage","usage":null}"#), None);
+        assert_eq!(of_event(br#"{"usage":{"prompt_tokens":"#), None);
+    }
+
+    #[test]
+    fn what_a_client_sent_and_the_gateway_repeats_is_not_usage() {
+        let tool = r#"{"type":"function","parameters":{"properties":{"usage":{"input_tokens":1000000000000}}}}"#;
+        let created = format!(r#"{{"type":"response.created","response":{{"tools":[{tool}],"usage":null}}}}"#);
+        assert_eq!(of_event(created.as_bytes()), None);
+        let completed = format!(r#"{{"response":{{"usage":{{"input_tokens":7}},"tools":[{tool}],"note":"}}\"{{"}}}}"#);
+        assert_eq!(of_event(completed.as_bytes()).map(|usage| usage.prompt), Some(7));
+        assert_eq!(
+            of_event(&completed.as_bytes()[13..]).map(|usage| usage.prompt),
+            Some(7),
+            "its beginning is cut off"
+        );
+        assert_eq!(of_event(br#"{"metadata":{"usage":{"input_tokens":7}}}"#), None);
+        let mut tail = Tail::default();
+        tail.push(br#"{"message":{"usage":{"input_tokens":7}}}"#);
+        assert_eq!(tail.usage(), None, "of a document only the root's own");
     }
 
     #[test]

@@ -211,13 +211,13 @@ impl CallBody {
     }
 }
 
-/// The path is not one that weir serves: most likely the client's base URL is wrong.
 /// What its cost is estimated from. An embedding has no output.
 fn size_of(endpoint: Endpoint, peek: &call::Peek) -> Size {
     let max_output = if endpoint == Endpoint::Embeddings { Some(0) } else { peek.max_tokens };
     Size { prompt: peek.prompt, max_output, choices: peek.choices }
 }
 
+/// The path is not one that weir serves: most likely the client's base URL is wrong.
 pub(super) fn unknown_path(head: &request::Parts) -> Failure {
     let host = head.headers.get(http::header::HOST).and_then(|host| host.to_str().ok());
     let host = host.or(head.uri.authority().map(http::uri::Authority::as_str)).unwrap_or("HOST:PORT");

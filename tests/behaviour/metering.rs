@@ -346,3 +346,35 @@ async fn a_drain_lets_a_stream_end_and_then_closes_its_connection() {
     assert_eq!(world.requests("ok"), 1.0);
     world.assert_nothing_held();
 }
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_with_trailers_is_whole_and_nothing_is_held_back_for_good() {
+    for end in ["data: [DONE]\n\n", "data: [DONE]\n"] {
+        let script = move |_: &Seen| {
+            let body = format!("data: {{\"choices\":[{{\"delta\":{{\"content\":\"a\"}}}}]}}\n\n{end}");
+            let last = Step::Send(b"0\r\nx-sum: 1\r\n\r\n".to_vec());
+            vec![stream_head(), chunk(&body), last]
+        };
+        let world = World::new("", script);
+        let answer = world.stream().await;
+        assert!(answer.text().ends_with(end) && !answer.broken, "{:?}", answer.text());
+        world.settle().await;
+        assert_eq!((world.requests("ok"), world.attempts("ok")), (1.0, 1.0));
+        world.assert_nothing_held();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_client_sent_and_the_gateway_repeats_is_not_taken_for_usage() {
+    let tool = r#"{"type":"function","parameters":{"properties":{"usage":{"input_tokens":1000000000000}}}}"#;
+    let world = World::new("[limits]\ntokens = \"200000/min\"\n", move |_| {
+        let created = format!(r#"{{"type":"response.created","response":{{"tools":[{tool}],"usage":null}}}}"#);
+        let completed = r#"{"type":"response.completed","response":{"usage":{"input_tokens":10,"output_tokens":2}}}"#;
+        let events = [created.as_str(), completed].map(|data| chunk(&format!("data: {data}\n\n")));
+        [vec![stream_head()], events.to_vec(), vec![Step::Send(b"0\r\n\r\n".to_vec())]].concat()
+    });
+    for _ in 0..2 {
+        assert_eq!(world.send(request(Method::POST, "/v1/responses", STREAM)).await.status, 200);
+    }
+    assert_eq!((tokens(&world), world.elapsed()), ([20.0, 4.0, 0.0, 0.0], 0));
+}
