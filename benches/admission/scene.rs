@@ -50,8 +50,13 @@ pub struct Scene<W> {
 
 impl<W> Scene<W> {
     pub fn new(held_up_by: HeldUpBy, tenants: usize, models: usize) -> Self {
+        Self::with_room_for(1_000_000, held_up_by, tenants, models)
+    }
+
+    /// Where no more than so many may wait.
+    pub fn with_room_for(max_waiting: usize, held_up_by: HeldUpBy, tenants: usize, models: usize) -> Self {
         let now = Instant::now();
-        let rules = Rules { max_waiting: 1_000_000, lane_slots: None, mode: Mode::Enforce };
+        let rules = Rules { max_waiting, lane_slots: None, mode: Mode::Enforce };
         let slots = if held_up_by == HeldUpBy::Slots { 100 } else { 1_000_000 };
         let tokens = if held_up_by == HeldUpBy::Tokens { scarce_tokens() } else { ample("100000000/s") };
         let mut queue = Queue::new(rules, measures(tokens, slots, now));
@@ -134,11 +139,10 @@ impl<W> Scene<W> {
         self.release(&grant);
     }
 
-    /// One more arrives that would have to wait for too long.
-    pub fn refuse(&mut self) {
+    /// One more arrives that would have to wait for too long, or, allowed to wait for long, finds the queue full.
+    pub fn refuse(&mut self, max_wait: Duration) {
         self.now += STEP / 1000;
-        let ask = self.next_ask();
-        let ask = Ask { max_wait: Duration::from_millis(10), until: self.now + Duration::from_millis(10), ..ask };
+        let ask = Ask { max_wait, until: self.now + max_wait, ..self.next_ask() };
         let Offer::Refused(refusal) = self.offer(&ask) else { panic!("it would have to wait for too long") };
         drop(refusal);
         self.pump();
