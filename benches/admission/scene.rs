@@ -110,7 +110,7 @@ impl<W> Scene<W> {
         let ask = self.next_ask();
         match self.offer(&ask) {
             Offer::Admitted(grant) => self.grants.push_back(grant),
-            Offer::MustWait(flow) => drop(self.queue.enqueue(flow, &ask, wake, self.now)),
+            Offer::MustWait(opening) => drop(self.queue.enqueue(&opening, &ask, wake, self.now)),
             Offer::Refused(refusal) => panic!("nobody is refused here: {refusal:?}"),
         }
         self.pump();

@@ -151,11 +151,16 @@ impl Limit {
         }
     }
 
-    /// One of this tenant's has passed.
-    pub fn note_turn(&mut self, tenant: TenantId, tokens: u64) {
+    /// One of this tenant's has passed; `waited` says that it had to wait.
+    pub fn note_turn(&mut self, tenant: TenantId, tokens: u64, waited: bool) {
         let size = if matches!(self.measure, Measure::Tokens(_)) { tokens } else { 1 };
+        let before = self.passed;
         self.passed = self.passed.wrapping_add(size);
         if let Some(promises) = self.promises.get_mut(&tenant) {
+            if !waited {
+                // What passed while it wanted nothing did not share the limit with it.
+                promises.begins_to_wait(before);
+            }
             promises.has_turn(size, self.passed);
         }
     }
@@ -311,7 +316,7 @@ impl Limit {
             self.promises.retain(|other, promises| *other == tenant || !promises.are_void(now));
             self.promises_before_sweep = MIN_SWEEP.max(2 * self.promises.len());
         }
-        self.promises.entry(tenant).or_default().promise(earliest, takes)
+        self.promises.entry(tenant).or_insert_with(|| Promises::new(self.passed)).promise(earliest, takes)
     }
 
     /// Why a request that this limit holds up is refused.

@@ -46,6 +46,11 @@ const TURN_WEIGHT: f64 = 8.0;
 const MARGIN: f64 = 1.25;
 
 impl Promises {
+    /// None yet, to a tenant that wants something when so much has passed in all.
+    pub fn new(passed: u64) -> Self {
+        Self { turns: Turns { mark: passed, ..Turns::default() }, ..Self::default() }
+    }
+
     /// When the next one who is refused should come back, if not before `earliest`: behind the last by as long as the limit
     /// takes for that one. `takes` is how long it takes for this one.
     pub fn promise(&mut self, earliest: Instant, takes: Duration) -> Instant {

@@ -453,7 +453,7 @@ impl<W> Queue<W> {
             let limit = &mut self.limits[limit.0];
             if limit.concerns(tokens) {
                 limit.take(tokens, charge, waiting_since, now);
-                limit.note_turn(flow.tenant, tokens);
+                limit.note_turn(flow.tenant, tokens, waiting_since < now);
             }
         }
         let mut grant = Grant { flow: id, at: now, charge, cost, observed: 0, would_refuse: Vec::new() };

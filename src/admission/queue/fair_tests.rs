@@ -443,3 +443,40 @@ fn who_is_alone_now_is_not_refused_for_those_it_shared_with_before() {
         world.refused.len() - before
     );
 }
+
+/// The longest that anyone of a lone tenant is told to stay away, with half as much again as the quota of ten a second offered
+/// for six seconds.
+fn longest_told(world: &mut World) -> Duration {
+    let before = world.refused.len();
+    for _ in 0..90 {
+        world.asks(1, 0).arrive_for("a", Duration::from_secs(1));
+        world.pass(millis(66));
+    }
+    assert!(world.refused.len() > before + 10);
+    world.refused.values().map(|refusal| refusal.retry_after).max().expect("some were refused")
+}
+
+#[test]
+fn what_has_passed_before_a_tenant_was_first_refused_is_not_taken_for_what_it_shares_the_limit_with() {
+    let mut world = World::new(Some(("10/s", 1)), None);
+    for _ in 0..600 {
+        world.asks(1, 0).arrive("a");
+        world.pass(millis(100));
+    }
+    let longest = longest_told(&mut world);
+    assert!(longest < Duration::from_secs(4), "{longest:?}");
+}
+
+#[test]
+fn what_passes_while_a_tenant_is_idle_is_not_taken_for_what_it_shares_the_limit_with() {
+    let mut world = World::new(Some(("10/s", 1)), None);
+    longest_told(&mut world);
+    for _ in 0..600 {
+        world.asks(2, 0).arrive("a");
+        world.pass(millis(100));
+    }
+    world.pass(MINUTE);
+    world.asks(1, 0).arrive("a");
+    let longest = longest_told(&mut world);
+    assert!(longest < Duration::from_secs(4), "{longest:?}");
+}
