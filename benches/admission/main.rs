@@ -93,7 +93,7 @@ fn with_ten_thousand_waiting(criterion: &mut Criterion) {
             for (why, max_wait) in [("too late", Duration::from_millis(10)), ("full", MAX_WAIT)] {
                 group.bench_function(format!("refuse, {why}/{tenants} tenants"), |bench| {
                     let mut scene = scene.borrow_mut();
-                    bench.iter(|| scene.refuse(max_wait));
+                    bench.iter(|| scene.refuse(max_wait, ()));
                 });
             }
         }

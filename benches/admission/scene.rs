@@ -140,11 +140,13 @@ impl<W> Scene<W> {
     }
 
     /// One more arrives that would have to wait for too long, or, allowed to wait for long, finds the queue full.
-    pub fn refuse(&mut self, max_wait: Duration) {
+    pub fn refuse(&mut self, max_wait: Duration, wake: W) {
         self.now += STEP / 1000;
         let ask = Ask { max_wait, until: self.now + max_wait, ..self.next_ask() };
-        let Offer::Refused(refusal) = self.offer(&ask) else { panic!("it would have to wait for too long") };
-        drop(refusal);
+        // Now and then time has made room for one.
+        if let Offer::MustWait(opening) = self.offer(&ask) {
+            drop(self.queue.enqueue(&opening, &ask, wake, self.now));
+        }
         self.pump();
     }
 

@@ -27,6 +27,8 @@ pub(super) struct Tried {
     pub(super) outcome: Result<Answer, Failure>,
     /// The gateway refused it, and that may be because weir asked for the stream's usage.
     pub(super) option_refused: bool,
+    /// Of one that the gateway refused for its quota: without slots, and to be kept until it is sent again.
+    pub(super) refused_permit: Option<Permit>,
 }
 
 /// An answer of the gateway's, before it goes to the client.
@@ -158,13 +160,19 @@ impl Proxy {
                 }
             }
         }
-        Tried { ending: answer.ending(hopeless), result, outcome: Ok(answer), option_refused }
+        let held_whole = answer.source.rest.is_none();
+        let mut refused_permit = answer.source.permit.take_if(|_| held_whole);
+        if status != StatusCode::TOO_MANY_REQUESTS {
+            refused_permit = None;
+        }
+        refused_permit.iter_mut().for_each(Permit::release_slots);
+        Tried { ending: answer.ending(hopeless), result, outcome: Ok(answer), option_refused, refused_permit }
     }
 }
 
 impl Tried {
     fn failed(ending: Ending, result: AttemptResult, failure: Failure) -> Self {
-        Self { ending, result, outcome: Err(failure), option_refused: false }
+        Self { ending, result, outcome: Err(failure), option_refused: false, refused_permit: None }
     }
 }
 
@@ -191,11 +199,11 @@ impl Answer {
 
     /// Reads an error's body, so that the answer can be kept without its connection.
     async fn hold_error(&mut self, until: Instant) -> WholeError {
-        let Source { opening, rest, permit, .. } = &mut self.source;
+        let Source { opening, rest, .. } = &mut self.source;
         let Some(body) = rest else { return WholeError::TooLong };
         let held = opening.whole_error(body, until).await;
         if matches!(held, WholeError::Whole(_)) {
-            (*rest, *permit) = (None, None);
+            *rest = None;
         }
         held
     }
@@ -214,12 +222,13 @@ impl Answer {
                 result: AttemptResult::Ok,
                 outcome: Ok(self),
                 option_refused: false,
+                refused_permit: None,
             },
             FirstEvent::Error => {
                 // As good as an error for a head.
                 self.source.permit.iter_mut().for_each(Permit::refused);
                 let (ending, result) = (Ending::ErrorEvent, AttemptResult::StreamError);
-                Tried { ending, result, outcome: Ok(self), option_refused: false }
+                Tried { ending, result, outcome: Ok(self), option_refused: false, refused_permit: None }
             }
             FirstEvent::Broken(error) => {
                 let failure = Failure::new(

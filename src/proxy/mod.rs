@@ -209,7 +209,11 @@ impl Proxy {
             // Kept in case no further attempt is let through; the slot is not kept.
             last = Some(tried.outcome.map(Answer::without_permit));
             let asleep = Instant::now();
+            // Refused for a quota, it keeps what it was charged with: given back now, it would go to the next in line, which
+            // would be refused as well.
+            let refused_permit = tried.refused_permit;
             tokio::time::sleep(delay).await;
+            drop(refused_permit);
             ledger.spent_elsewhere(asleep.elapsed());
         }
     }

@@ -510,3 +510,24 @@ async fn a_clients_patience_is_for_the_queue_and_the_models_first_byte() {
         }
     }
 }
+
+/// The gateway's bucket is a little behind weir's: one is refused, and the tokens that it gets back are its own.
+#[tokio::test(start_paused = true)]
+async fn one_refusal_of_the_gateways_does_not_bring_the_next_in_line_another() {
+    let script = |seen: &crate::gateway::Seen| match seen.number {
+        10 => error(429, &[("retry-after-ms", "30")]),
+        _ => [vec![Step::Wait(Duration::from_secs(2))], crate::gateway::completion()].concat(),
+    };
+    let config = "[limits]\ntokens = { rate = \"2000/s\", burst = 1000 }\nconcurrency = 1000\n";
+    let world = World::new(config, script);
+    let body = format!(r#"{{"model":"gpt-4.1-mini","max_tokens":5,"messages":"{}"}}"#, "x".repeat(400));
+    let answers: Vec<_> = (0..30).map(|_| world.spawn(chat(&body))).collect();
+    for answer in answers {
+        assert_eq!(answer.await.expect("answered").status, 200);
+    }
+    let seen = world.times();
+    let refused_at = seen[10];
+    let soon = seen.iter().filter(|at| (refused_at..refused_at + 30).contains(*at)).count();
+    assert_eq!(soon, 1, "nobody takes the place of the one that was refused: {seen:?}");
+    world.assert_nothing_held();
+}
