@@ -6,7 +6,7 @@
 //!
 //! - No credit for idling: who comes, or comes back, begins at the clock, or where its own tag stands if that is later.
 //! - What a tenant gets *elsewhere*, through other limits than this one, counts too: it has had it of weir. But only up to
-//!   [`MOST_ELSEWHERE`]: a fast model must not keep its users out of a slow one for good. Nor does a line's clock know of other
+//!   `MOST_ELSEWHERE`: a fast model must not keep its users out of a slow one for good. Nor does a line's clock know of other
 //!   lines: who is held up for an hour by a limit of its own has no claims anywhere for it.
 //! - When nobody waits any more, all is forgotten: everyone has what it asked for.
 
