@@ -377,12 +377,6 @@ impl Permit {
         }
     }
 
-    /// Gives the slots back, and keeps the tokens until it is dropped.
-    pub fn release_slots(&mut self) {
-        let Self { gate, grant, .. } = self;
-        gate.change(|queue, now| queue.release_slots(grant, now));
-    }
-
     /// The gateway answered with an error: no tokens were used.
     pub fn refused(&mut self) {
         self.used = Used::Refused;

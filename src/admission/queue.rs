@@ -69,8 +69,6 @@ pub struct Grant {
     cost: Cost,
     /// Which of the observed limits counted it, by their places on the way.
     observed: u16,
-    /// Its slots were given back before the rest.
-    without_slots: bool,
     /// The limits in observe mode that would have refused it.
     pub would_refuse: Vec<Cause>,
 }
@@ -299,28 +297,10 @@ impl<W> Queue<W> {
         Some(self.refuse(ticket.flow, blocker?, cause, waiter.cost, waiter.max_wait, now))
     }
 
-    /// Takes the slots back; the rest is still to be released. For one that the gateway refused and that is to be sent again:
-    /// what it was charged with is its own until then, and tempts nobody to run into the same refusal.
-    pub fn release_slots(&mut self, grant: &mut Grant, now: Instant) {
-        if std::mem::replace(&mut grant.without_slots, true) {
-            return;
-        }
-        let flow = &mut self.flows[grant.flow.0];
-        flow.in_flight -= 1;
-        flow.unsettled += 1;
-        for id in path_of(&self.flows[grant.flow.0], grant) {
-            if let Measure::Concurrency(slots) = &mut self.limits[id.0].measure {
-                slots.give_back(now.saturating_duration_since(grant.at));
-                self.opened.push(id);
-            }
-        }
-    }
-
     /// Takes back what was granted, and settles what it came to.
     pub fn release(&mut self, grant: &Grant, used: Used, now: Instant) {
         let flow = &mut self.flows[grant.flow.0];
-        let count = if grant.without_slots { &mut flow.unsettled } else { &mut flow.in_flight };
-        *count -= 1;
+        flow.in_flight -= 1;
         let tenant = flow.tenant;
         let charged = grant.cost.tokens();
         let tokens = match used {
@@ -332,7 +312,6 @@ impl<W> Queue<W> {
         for id in path_of(&self.flows[grant.flow.0], grant) {
             let limit = &mut self.limits[id.0];
             match &mut limit.measure {
-                Measure::Concurrency(_) if grant.without_slots => continue,
                 Measure::Concurrency(slots) => slots.give_back(now.saturating_duration_since(grant.at)),
                 Measure::Requests(bucket) if used == Used::Unsent => bucket.give_back(1, grant.charge),
                 Measure::Requests(_) => continue,
@@ -477,8 +456,7 @@ impl<W> Queue<W> {
                 limit.note_turn(flow.tenant, tokens, waiting_since < now);
             }
         }
-        let mut grant =
-            Grant { flow: id, at: now, charge, cost, observed: 0, without_slots: false, would_refuse: Vec::new() };
+        let mut grant = Grant { flow: id, at: now, charge, cost, observed: 0, would_refuse: Vec::new() };
         for (place, limit) in flow.observed.iter().enumerate() {
             let limit = &mut self.limits[limit.0];
             if limit.concerns(tokens) && limit.observe(tokens, charge, max_wait, now) {

@@ -27,8 +27,8 @@ pub(super) struct Tried {
     pub(super) outcome: Result<Answer, Failure>,
     /// The gateway refused it, and that may be because weir asked for the stream's usage.
     pub(super) option_refused: bool,
-    /// Of one that the gateway refused for its quota: without slots, and to be kept until it is sent again.
-    pub(super) refused_permit: Option<Permit>,
+    /// The permit of one that the gateway refused for its quota.
+    pub(super) over_quota: Option<Permit>,
 }
 
 /// An answer of the gateway's, before it goes to the client.
@@ -161,18 +161,15 @@ impl Proxy {
             }
         }
         let held_whole = answer.source.rest.is_none();
-        let mut refused_permit = answer.source.permit.take_if(|_| held_whole);
-        if status != StatusCode::TOO_MANY_REQUESTS {
-            refused_permit = None;
-        }
-        refused_permit.iter_mut().for_each(Permit::release_slots);
-        Tried { ending: answer.ending(hopeless), result, outcome: Ok(answer), option_refused, refused_permit }
+        let over_quota = status == StatusCode::TOO_MANY_REQUESTS && !hopeless;
+        let permit = answer.source.permit.take_if(|_| held_whole).filter(|_| over_quota);
+        Tried { ending: answer.ending(hopeless), result, outcome: Ok(answer), option_refused, over_quota: permit }
     }
 }
 
 impl Tried {
     fn failed(ending: Ending, result: AttemptResult, failure: Failure) -> Self {
-        Self { ending, result, outcome: Err(failure), option_refused: false, refused_permit: None }
+        Self { ending, result, outcome: Err(failure), option_refused: false, over_quota: None }
     }
 }
 
@@ -222,13 +219,13 @@ impl Answer {
                 result: AttemptResult::Ok,
                 outcome: Ok(self),
                 option_refused: false,
-                refused_permit: None,
+                over_quota: None,
             },
             FirstEvent::Error => {
                 // As good as an error for a head.
                 self.source.permit.iter_mut().for_each(Permit::refused);
                 let (ending, result) = (Ending::ErrorEvent, AttemptResult::StreamError);
-                Tried { ending, result, outcome: Ok(self), option_refused: false, refused_permit: None }
+                Tried { ending, result, outcome: Ok(self), option_refused: false, over_quota: None }
             }
             FirstEvent::Broken(error) => {
                 let failure = Failure::new(

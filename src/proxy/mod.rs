@@ -203,17 +203,17 @@ impl Proxy {
                 Verdict::GiveUp => return given_up(tried.outcome),
                 Verdict::Again { delay } => delay,
             };
+            if let Some(mut permit) = tried.over_quota {
+                // The gateway's quota is behind weir's: given back, these tokens would buy the next in line another refusal.
+                permit.used(permit.cost().tokens());
+            }
             ledger.retries(tried.result);
             tries.retries += 1;
             tries.timed_out |= tried.ending == Ending::TimedOut;
             // Kept in case no further attempt is let through; the slot is not kept.
             last = Some(tried.outcome.map(Answer::without_permit));
             let asleep = Instant::now();
-            // Refused for a quota, it keeps what it was charged with: given back now, it would go to the next in line, which
-            // would be refused as well.
-            let refused_permit = tried.refused_permit;
             tokio::time::sleep(delay).await;
-            drop(refused_permit);
             ledger.spent_elsewhere(asleep.elapsed());
         }
     }

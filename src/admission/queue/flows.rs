@@ -44,13 +44,11 @@ pub(super) struct Flow<W> {
     pub(super) load: Load,
     pub(super) place: Place,
     pub(super) in_flight: u32,
-    /// Grants that have given their slots back and are not released yet.
-    pub(super) unsettled: u32,
 }
 
 impl<W> Flow<W> {
     fn is_idle(&self) -> bool {
-        self.in_flight == 0 && self.unsettled == 0 && self.waiters.is_empty()
+        self.in_flight == 0 && self.waiters.is_empty()
     }
 }
 
@@ -134,7 +132,6 @@ impl<W> Queue<W> {
             load: Load::default(),
             place: Place::Empty,
             in_flight: 0,
-            unsettled: 0,
         };
         let id = match self.free_flows.pop() {
             Some(id) => {
