@@ -71,7 +71,7 @@ fn is_too_large_for_the_quota(body: &[u8]) -> bool {
 
 /// Whether an event of a stream reports an error instead of output.
 pub fn is_error_event(name: Option<&[u8]>, data: &[u8]) -> bool {
-    if name == Some(b"error") {
+    if matches!(name, Some(b"error" | b"response.failed")) {
         return true;
     }
     if !data.starts_with(b"{") || memchr::memmem::find(data, b"\"error\"").is_none() {
@@ -79,7 +79,8 @@ pub fn is_error_event(name: Option<&[u8]>, data: &[u8]) -> bool {
     }
     match serde_json::from_slice::<Value>(data) {
         Ok(value) => {
-            value.get("type").is_some_and(|kind| kind == "error")
+            // The error of a failed response stands within it.
+            value.get("type").is_some_and(|kind| kind == "error" || kind == "response.failed")
                 || value.get("error").is_some_and(|error| !error.is_null())
         }
         Err(_) => false,
@@ -124,6 +125,11 @@ mod tests {
         assert!(is_error_event(Some(b"error"), b"whatever"));
         assert!(is_error_event(None, br#"{"type":"error","error":{"type":"overloaded_error"}}"#));
         assert!(!is_error_event(None, br#"{"choices":[{"delta":{"content":"\"error\""}}],"error":null}"#));
+        let response =
+            |status| format!(r#"{{"type":"response.{status}","response":{{"error":{{"code":"server_error"}}}}}}"#);
+        assert!(is_error_event(None, response("failed").as_bytes()));
+        assert!(is_error_event(Some(b"response.failed"), b"the end of a long event"));
+        assert!(!is_error_event(Some(b"response.incomplete"), response("incomplete").as_bytes()));
         assert!(!is_error_event(None, b"[DONE]"));
     }
 }
