@@ -7,6 +7,7 @@ pub mod call;
 pub mod envelope;
 pub mod headers;
 pub mod output;
+pub mod preamble;
 pub mod prompt;
 pub mod sse;
 pub mod stream_options;
