@@ -34,7 +34,7 @@ pub struct Ledger {
 /// An attempt under way.
 struct Attempt {
     began: Instant,
-    first_event: Option<Instant>,
+    first_output: Option<Instant>,
 }
 
 impl Ledger {
@@ -107,7 +107,7 @@ impl Ledger {
     pub fn attempt_begins(&mut self) {
         self.attempts += 1;
         self.phase = Phase::Upstream;
-        self.attempt = Some(Attempt { began: Instant::now(), first_event: None });
+        self.attempt = Some(Attempt { began: Instant::now(), first_output: None });
     }
 
     /// The attempt under way, if there is one, has ended.
@@ -139,11 +139,11 @@ impl Ledger {
         self.metrics.overhead(self.arrived.elapsed().saturating_sub(others));
     }
 
-    /// A stream's first event has come.
-    pub fn first_event(&mut self) {
+    /// A stream's first output has come.
+    pub fn first_output(&mut self) {
         let Some(attempt) = &mut self.attempt else { return };
         let now = Instant::now();
-        attempt.first_event = Some(now);
+        attempt.first_output = Some(now);
         self.model.first_token(now - attempt.began);
     }
 
@@ -158,8 +158,8 @@ impl Ledger {
         for (kind, count) in counts {
             self.pair.tokens(kind, count);
         }
-        let first_event = self.attempt.as_ref().and_then(|attempt| attempt.first_event);
-        if let (Some(first), 2..) = (first_event, usage.completion) {
+        let first_output = self.attempt.as_ref().and_then(|attempt| attempt.first_output);
+        if let (Some(first), 2..) = (first_output, usage.completion) {
             let after_the_first = u32::try_from(usage.completion - 1).unwrap_or(u32::MAX);
             self.model.per_output_token(first.elapsed() / after_the_first);
         }

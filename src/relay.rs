@@ -4,6 +4,8 @@
 //! given back and the account closed exactly once: when the answer ends, breaks off, or is dropped because the client went
 //! away.
 
+mod opening;
+
 use std::collections::VecDeque;
 use std::fmt;
 use std::pin::Pin;
@@ -20,6 +22,7 @@ use crate::error::Cause;
 use crate::ledger::Ledger;
 use crate::metrics::{AttemptResult, Outcome};
 use crate::openai::call::Endpoint;
+use crate::openai::preamble::is_preamble;
 use crate::openai::sse::Scanner;
 use crate::openai::usage::{self, Tail, Usage};
 use crate::openai::usage_chunk::UsageChunkFilter;
@@ -27,91 +30,14 @@ use crate::openai::{envelope, output};
 use crate::retry;
 use crate::upstream::AnswerBody;
 
-/// A stream whose first event is longer than this begins without having been looked at.
-const MAX_HELD: usize = 256 << 10;
-
-/// An error answer longer than this is passed on without being held, and so without being retried.
-const MAX_ERROR: usize = 64 << 10;
-
-/// The beginning of an answer that was read to judge it, and the rest that has yet to come.
-#[derive(Debug, Default)]
-pub struct Opening {
-    chunks: VecDeque<Bytes>,
-    bytes: usize,
-}
-
-/// What a stream begins with.
-#[derive(Debug)]
-pub enum FirstEvent {
-    Output,
-    Error,
-    /// None at all, or none within what weir holds.
-    Unknown,
-    /// None yet.
-    Late,
-    /// The connection broke before there was one.
-    Broken(hyper::Error),
-}
-
-/// What came of reading an error's body.
-#[derive(Debug)]
-pub enum WholeError {
-    Whole(Vec<u8>),
-    /// It is longer than weir holds, or takes longer.
-    TooLong,
-    Broken(hyper::Error),
-}
-
-impl Opening {
-    /// Reads a stream up to its first event, for as long as `until`.
-    pub async fn first_event(&mut self, body: &mut AnswerBody, until: Instant) -> FirstEvent {
-        let mut scanner = Scanner::default();
-        let mut first = None;
-        while first.is_none() && self.bytes < MAX_HELD {
-            let Ok(next) = tokio::time::timeout_at(until, body.data()).await else { return FirstEvent::Late };
-            match next {
-                Some(Ok(chunk)) => {
-                    scanner.feed(&chunk, |event| {
-                        first.get_or_insert(envelope::is_error_event(event.name, event.data));
-                    });
-                    self.push(chunk);
-                }
-                Some(Err(error)) => return FirstEvent::Broken(error),
-                None => break,
-            }
-        }
-        match first {
-            Some(true) => FirstEvent::Error,
-            Some(false) => FirstEvent::Output,
-            None => FirstEvent::Unknown,
-        }
-    }
-
-    /// Reads an error's whole body, if it is short and comes by `until`.
-    pub async fn whole_error(&mut self, body: &mut AnswerBody, until: Instant) -> WholeError {
-        while self.bytes <= MAX_ERROR {
-            match tokio::time::timeout_at(until, body.data()).await {
-                Ok(Some(Ok(chunk))) => self.push(chunk),
-                Ok(Some(Err(error))) => return WholeError::Broken(error),
-                Ok(None) => return WholeError::Whole(self.chunks.iter().flatten().copied().collect()),
-                Err(_) => break,
-            }
-        }
-        WholeError::TooLong
-    }
-
-    fn push(&mut self, chunk: Bytes) {
-        self.bytes += chunk.len();
-        self.chunks.push_back(chunk);
-    }
-}
+pub use opening::{Beginning, Opening, WholeError};
 
 /// How long an answer may be silent.
 #[derive(Debug, Clone, Copy)]
 pub struct Patience {
     /// Between two chunks.
     pub idle: Duration,
-    /// By when a stream has to have its first event, and what it is otherwise.
+    /// By when a stream has to have its first event, be it a ping, and what it is otherwise.
     pub first_event: Option<(Instant, Cause)>,
 }
 
@@ -178,7 +104,9 @@ impl Relay {
     fn end_if_whole(&mut self) {
         if self.source.is_read() {
             let (result, outcome) = match retry::result_of(self.status) {
-                AttemptResult::Ok if self.meter.saw_error() => (AttemptResult::StreamError, Outcome::UpstreamError),
+                AttemptResult::Ok if self.meter.saw_error() || self.meter.saw_nothing() => {
+                    (AttemptResult::StreamError, Outcome::UpstreamError)
+                }
                 AttemptResult::Ok => (AttemptResult::Ok, Outcome::Ok),
                 AttemptResult::ClientError => (AttemptResult::ClientError, Outcome::ClientError),
                 result => (result, Outcome::UpstreamError),
@@ -209,9 +137,12 @@ impl Relay {
             return;
         }
         let cost = permit.cost();
+        let failed = self.meter.saw_error();
         match (self.meter.usage(whole), &self.meter.format) {
+            // The same as one that was held, and tried again.
+            (_, Format::Events { error: true, answered: false, .. }) => permit.refused(),
             // A Messages stream begins with a usage, which counts hardly anything of what follows.
-            (Some(usage), Format::Events { .. }) if !whole => {
+            (Some(usage), Format::Events { .. }) if failed || !whole => {
                 self.ledger.used(usage);
                 permit.used(usage.quota().max(usage.counted.saturating_add(self.meter.output())));
             }
@@ -219,7 +150,6 @@ impl Relay {
                 self.ledger.used(usage);
                 permit.answered(usage);
             }
-            (None, Format::Events { error: true, with_output: 0, .. }) => permit.refused(),
             (None, Format::Events { .. }) => permit.used(cost.prompt.saturating_add(self.meter.output())),
             (None, _) if whole => permit.used(cost.tokens()),
             (None, _) => permit.used(cost.prompt.saturating_add(self.meter.output().min(cost.output))),
@@ -228,8 +158,12 @@ impl Relay {
 
     /// Counts a chunk and passes it on, if something is left of it when the usage is hidden.
     fn pass(&mut self, chunk: Bytes) -> Next {
-        if self.meter.feed(&chunk) {
-            self.ledger.first_event();
+        let had_output = self.meter.has_output();
+        self.meter.feed(&chunk);
+        if self.meter.has_output() && !had_output {
+            self.ledger.first_output();
+        }
+        if self.meter.has_begun() {
             self.source.patience.first_event = None;
         }
         let passed = match &mut self.hiding {
@@ -415,6 +349,8 @@ enum Format {
         scanner: Scanner,
         usage: Option<Usage>,
         begun: bool,
+        /// Something has come that is no preamble, before any error.
+        answered: bool,
         error: bool,
         /// Events that carry output, and how much.
         with_output: u64,
@@ -434,19 +370,18 @@ impl Format {
         }
         if is_event_stream(head) {
             let scanner = Scanner::default();
-            return Self::Events { scanner, usage: None, begun: false, error: false, with_output: 0, text_bytes: 0 };
+            let (begun, answered, error) = (false, false, false);
+            return Self::Events { scanner, usage: None, begun, answered, error, with_output: 0, text_bytes: 0 };
         }
         Self::Json(Tail::default())
     }
 }
 
 impl Meter {
-    /// Reads a chunk; `true` when a stream's first event ends in it.
-    fn feed(&mut self, chunk: &[u8]) -> bool {
+    fn feed(&mut self, chunk: &[u8]) {
         self.bytes += chunk.len() as u64;
         match &mut self.format {
-            Format::Events { scanner, usage, begun, error, with_output, text_bytes } => {
-                let before = *begun;
+            Format::Events { scanner, usage, begun, answered, error, with_output, text_bytes } => {
                 scanner.feed(chunk, |event| {
                     *begun = true;
                     *usage = match (*usage, usage::of_event(event.data)) {
@@ -454,17 +389,14 @@ impl Meter {
                         (earlier, later) => later.or(earlier),
                     };
                     *error |= envelope::is_error_event(event.name, event.data);
+                    *answered = *answered || !*error && !is_preamble(event);
                     let text = output::text_bytes(event.data) as u64;
                     *with_output += u64::from(text > 0);
                     *text_bytes += text;
                 });
-                *begun && !before
             }
-            Format::Json(tail) => {
-                tail.push(chunk);
-                false
-            }
-            Format::Opaque => false,
+            Format::Json(tail) => tail.push(chunk),
+            Format::Opaque => {}
         }
     }
 
@@ -485,8 +417,23 @@ impl Meter {
         }
     }
 
+    /// Whether a stream's first event has come.
+    fn has_begun(&self) -> bool {
+        matches!(self.format, Format::Events { begun: true, .. })
+    }
+
+    /// Whether a stream has brought output, or the end of an answer without any.
+    fn has_output(&self) -> bool {
+        matches!(self.format, Format::Events { answered: true, .. })
+    }
+
     fn saw_error(&self) -> bool {
         matches!(self.format, Format::Events { error: true, .. })
+    }
+
+    /// Whether a stream that has ended was no answer at all, and not an error either.
+    fn saw_nothing(&self) -> bool {
+        matches!(self.format, Format::Events { answered: false, error: false, .. }) && self.is_between_events()
     }
 
     fn is_between_events(&self) -> bool {

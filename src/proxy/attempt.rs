@@ -13,11 +13,11 @@ use crate::error::{self, Cause, Failure};
 use crate::ledger::Ledger;
 use crate::metrics::AttemptResult;
 use crate::openai::{envelope, headers};
-use crate::relay::{self, FirstEvent, Opening, Patience, Source, WholeError};
+use crate::relay::{self, Beginning, Opening, Patience, Source, WholeError};
 use crate::retry::{self, Ending};
 use crate::upstream::{Exchange, SendError};
 
-/// How long a stream's head is held back for its first event.
+/// How long a stream's head is held back for its first output.
 const MAX_HEAD_HOLD: Duration = Duration::from_secs(2);
 
 /// An attempt that has ended, or that has brought an answer.
@@ -120,7 +120,7 @@ impl Proxy {
         }
     }
 
-    /// Reads as much of an answer as it takes to judge it: an error's body, a stream's first event.
+    /// Reads as much of an answer as it takes to judge it: an error's body, a stream up to its first output.
     async fn open(&self, exchange: Exchange, call: &Call, mut permit: Permit, limit: Limit) -> Tried {
         let Exchange { head, body } = exchange;
         if !head.status.is_success() {
@@ -139,7 +139,7 @@ impl Proxy {
         let result = retry::result_of(status);
         let can_be_repeated = call.body.is_whole();
         if status.is_success() && can_be_repeated && relay::is_event_stream(&answer.head) {
-            return answer.hold_first_event(until, limit).await;
+            return answer.hold_preamble(call.endpoint.is_some(), until, limit).await;
         }
         let mut hopeless = !can_be_repeated;
         let mut option_refused = false;
@@ -205,36 +205,34 @@ impl Answer {
         held
     }
 
-    /// Holds a stream back until its first event, which may be an error, or until it has taken too long to be held.
-    async fn hold_first_event(mut self, until: Instant, limit: Limit) -> Tried {
+    /// Holds a stream back until its first output, or until it has taken too long to be held. One that comes to nothing
+    /// before that can still be tried again.
+    async fn hold_preamble(mut self, metered: bool, until: Instant, limit: Limit) -> Tried {
         let Source { opening, rest, .. } = &mut self.source;
-        let first = match rest {
+        let beginning = match rest {
+            Some(rest) if metered => opening.first_output(rest, until).await,
             Some(rest) => opening.first_event(rest, until).await,
-            None => FirstEvent::Unknown,
+            None => Beginning::Undecided,
         };
-        match first {
-            FirstEvent::Late if until == limit.at => limit.exceeded(),
-            FirstEvent::Output | FirstEvent::Unknown | FirstEvent::Late => Tried {
-                ending: self.ending(false),
-                result: AttemptResult::Ok,
-                outcome: Ok(self),
-                option_refused: false,
-                over_quota: None,
-            },
-            FirstEvent::Error => {
+        let (ending, result) = match beginning {
+            Beginning::Silence if until == limit.at => return limit.exceeded(),
+            Beginning::Output | Beginning::Undecided | Beginning::Silence => (self.ending(false), AttemptResult::Ok),
+            Beginning::Error => {
                 // As good as an error for a head.
                 self.source.permit.iter_mut().for_each(Permit::refused);
-                let (ending, result) = (Ending::ErrorEvent, AttemptResult::StreamError);
-                Tried { ending, result, outcome: Ok(self), option_refused: false, over_quota: None }
+                (Ending::ErrorEvent, AttemptResult::StreamError)
             }
-            FirstEvent::Broken(error) => {
+            // A backend that dies leaves this behind when there is a proxy before it.
+            Beginning::Nothing => (Ending::Broken, AttemptResult::StreamError),
+            Beginning::Broken(error) => {
                 let failure = Failure::new(
                     Cause::Disconnected,
-                    format!("the gateway broke its stream off before the first event: {error}"),
+                    format!("the gateway broke its stream off before the first output: {error}"),
                 );
-                Tried::failed(Ending::Broken, AttemptResult::Reset, failure)
+                return Tried::failed(Ending::Broken, AttemptResult::Reset, failure);
             }
-        }
+        };
+        Tried { ending, result, outcome: Ok(self), option_refused: false, over_quota: None }
     }
 }
 

@@ -7,6 +7,7 @@ mod clients;
 mod edge;
 mod fairness;
 mod hang_ups;
+mod held_streams;
 mod limits;
 mod metering;
 mod retries;

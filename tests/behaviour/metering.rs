@@ -167,12 +167,35 @@ async fn each_time_is_measured_from_where_it_says() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_first_event_after_three_seconds_counts_as_three_seconds() {
+async fn a_first_output_after_three_seconds_counts_as_three_seconds() {
     // Longer than the head is held.
     let world = World::new("", |_| [vec![stream_head(), wait(3000), event("one")], done().to_vec()].concat());
     world.stream().await;
     assert_eq!(histogram(&world, "time_to_first_token"), (1.0, 3000));
     assert_eq!(histogram(&world, "time_per_output_token"), (0.0, 0), "no usage, no mean");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_first_token_is_the_first_output_and_neither_a_role_nor_an_error() {
+    let role = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\"}}]}\n\n";
+    let usage = "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":7,\"completion_tokens\":5}}\n\n";
+    // Held until then, or not any more.
+    for pause in [1000, 4000] {
+        let world = World::new("", move |_| {
+            let begins =
+                vec![wait(500), stream_head(), chunk(role), wait(pause), event("one"), wait(2000), chunk(usage)];
+            [begins, done().to_vec()].concat()
+        });
+        world.stream().await;
+        assert_eq!(histogram(&world, "time_to_first_token"), (1.0, 500 + pause));
+        assert_eq!(histogram(&world, "time_per_output_token"), (1.0, 2000 / 4));
+    }
+    let error = "data: {\"error\":{\"message\":\"overloaded\"}}\n\n";
+    let world = World::new("[retry]\nmax_retries = 0\n", move |_| {
+        [vec![stream_head(), chunk(role), chunk(error)], done().to_vec()].concat()
+    });
+    world.stream().await;
+    assert_eq!((histogram(&world, "time_to_first_token"), world.attempts("stream_error")), ((0.0, 0), 1.0));
 }
 
 #[tokio::test(start_paused = true)]

@@ -188,6 +188,55 @@ async fn a_stream_that_breaks_off_costs_its_prompt_and_what_came() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_stream_that_comes_to_nothing_costs_its_prompt_and_one_with_an_error_instead_costs_nothing() {
+    const ROLE: &str = "data: {\"choices\":[{\"delta\":{\"role\":\"assistant\"}}]}\n\n";
+    const START: &str =
+        "data: {\"type\":\"message_start\",\"message\":{\"usage\":{\"input_tokens\":45,\"output_tokens\":1}}}\n\n";
+    const ERROR: &str = "data: {\"type\":\"error\",\"error\":{\"message\":\"overloaded\"}}\n\n";
+    let end = || Step::Send(b"0\r\n\r\n".to_vec());
+    let late = || Step::Wait(Duration::from_secs(3));
+    let ways = [
+        (vec![chunk(ROLE), Step::Close], 50.0),
+        (vec![chunk(ROLE), end()], 50.0),
+        (vec![chunk(ROLE), late(), Step::Close], 50.0),
+        (vec![end()], 50.0),
+        (vec![chunk(ROLE), chunk(ERROR), end()], 0.0),
+        (vec![chunk(ROLE), late(), chunk(ERROR), end()], 0.0),
+        (vec![chunk(START), chunk(ERROR), end()], 0.0),
+        (vec![chunk(START), late(), chunk(ERROR), end()], 0.0),
+    ];
+    for (number, (steps, expected)) in ways.into_iter().enumerate() {
+        let world = World::new(ONE_TRY, move |_| [vec![stream_head()], steps.clone()].concat());
+        world.send(streaming()).await;
+        world.settle().await;
+        assert_eq!(used(&world), expected, "{number}");
+        world.assert_nothing_held();
+    }
+    let at_once = format!("{BUDGET}[retry]\nbase_delay = \"1ms\"\n");
+    let world = World::new(&at_once, |seen| match seen.number {
+        0 => vec![stream_head(), chunk(ROLE), Step::Close],
+        1 => vec![stream_head(), chunk(ROLE), chunk(ERROR), Step::Close],
+        2 => vec![stream_head(), chunk(ROLE), Step::Send(b"0\r\n\r\n".to_vec())],
+        _ => costs(50, 20),
+    });
+    assert_eq!(world.send(streaming()).await.header("x-weir-attempts"), "4");
+    assert_eq!(used(&world), 50.0 + 50.0 + 70.0);
+    world.assert_nothing_held();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_messages_stream_that_ends_in_an_error_costs_what_came_before() {
+    let start = r#"{"type":"message_start","message":{"usage":{"input_tokens":45,"output_tokens":1}}}"#;
+    let words = format!(r#"{{"type":"content_block_delta","delta":{{"text":"{}"}}}}"#, "x".repeat(400));
+    let error = r#"{"type":"error","error":{"type":"overloaded_error","message":"overloaded"}}"#;
+    let steps = events(&[start, &words, error].map(|data| format!("data: {data}\n\n")).each_ref().map(String::as_str));
+    let world = World::new(ONE_TRY, move |_| steps.clone());
+    world.send(to("/v1/messages", r#""stream":true,"max_tokens":500"#)).await;
+    assert_eq!(used(&world), 45.0 + 100.0);
+    world.assert_nothing_held();
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_messages_stream_that_breaks_off_costs_what_came_though_it_began_with_a_usage() {
     let world = World::new(ONE_TRY, |_| {
         let start = r#"data: {"type":"message_start","message":{"usage":{"input_tokens":45,"output_tokens":1}}}"#;
