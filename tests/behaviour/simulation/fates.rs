@@ -23,8 +23,10 @@ pub enum Fate {
     PassingError,
     /// An error whose body breaks off.
     BrokenError,
-    /// A 200 whose stream begins with an error.
+    /// A 200 whose stream brings an error and no output.
     ErrorFirst,
+    /// A stream that says who will speak, and then breaks off or ends.
+    Wordless,
     /// The connection is closed without a byte, perhaps after a while.
     Closed,
     /// The connection is closed in the middle of the head.
@@ -133,12 +135,13 @@ impl Tape {
 }
 
 fn choose(kind: Kind, rng: &mut SmallRng) -> Fate {
-    const FATES: [(u32, Fate); 12] = [
+    const FATES: [(u32, Fate); 13] = [
         (64, Fate::Answered),
         (3, Fate::ClientError),
         (12, Fate::PassingError),
         (1, Fate::BrokenError),
         (4, Fate::ErrorFirst),
+        (3, Fate::Wordless),
         (4, Fate::Closed),
         (1, Fate::HalfHead),
         (2, Fate::Garbage),
@@ -156,7 +159,7 @@ fn choose(kind: Kind, rng: &mut SmallRng) -> Fate {
             None => break *fate,
         }
     };
-    let of_streams = matches!(fate, Fate::ErrorFirst | Fate::CutInside | Fate::StalledInside);
+    let of_streams = matches!(fate, Fate::ErrorFirst | Fate::Wordless | Fate::CutInside | Fate::StalledInside);
     if of_streams && kind != Kind::Stream { Fate::Answered } else { fate }
 }
 
@@ -184,6 +187,7 @@ impl Composer<'_> {
             Fate::PassingError => self.passing_error(&mut steps),
             Fate::BrokenError => self.broken_document(503, &mut steps),
             Fate::ErrorFirst => self.error_first(&mut steps),
+            Fate::Wordless => self.wordless(&mut steps),
             Fate::CutBetween if self.kind == Kind::Stream => self.cut_stream(false, &mut steps),
             Fate::CutBetween => self.broken_document(200, &mut steps),
             Fate::CutInside => self.cut_stream(true, &mut steps),
@@ -268,9 +272,18 @@ impl Composer<'_> {
         format!("data: {{{},\"choices\":[{{\"delta\":{{\"content\":\"word {number}\"}}}}]}}\n\n", self.names())
     }
 
+    fn role(&self) -> String {
+        format!("data: {{{},\"choices\":[{{\"delta\":{{\"role\":\"assistant\"}}}}]}}\n\n", self.names())
+    }
+
+    /// The role, as some gateways send it before all else.
+    fn preamble(&mut self) -> String {
+        if self.rng.random_bool(0.5) { self.role() } else { String::new() }
+    }
+
     fn events(&mut self) -> Vec<String> {
         let count = self.rng.random_range(1..12);
-        (0..count).map(|number| self.event(number)).collect()
+        std::iter::once(self.preamble()).chain((0..count).map(|number| self.event(number))).collect()
     }
 
     fn stream(&mut self, steps: &mut Vec<Step>) -> Vec<u8> {
@@ -286,10 +299,22 @@ impl Composer<'_> {
     }
 
     fn error_first(&mut self, steps: &mut Vec<Step>) -> Vec<u8> {
-        let text = format!("data: {{{},\"error\":{{\"message\":\"overloaded\"}}}}\n\n", self.names());
+        let preamble = self.preamble();
+        let text = format!("{preamble}data: {{{},\"error\":{{\"message\":\"overloaded\"}}}}\n\n", self.names());
         self.stream_head(steps);
         self.pieces(text.as_bytes(), steps);
         steps.push(Step::Send(b"0\r\n\r\n".to_vec()));
+        text.into_bytes()
+    }
+
+    fn wordless(&mut self, steps: &mut Vec<Step>) -> Vec<u8> {
+        let text = self.role();
+        self.stream_head(steps);
+        // In one piece, so that it is not held for too long to be tried again.
+        steps.push(crate::gateway::chunk(&text));
+        if self.rng.random_bool(0.5) {
+            steps.push(Step::Send(b"0\r\n\r\n".to_vec()));
+        }
         text.into_bytes()
     }
 

@@ -202,7 +202,7 @@ fn check_answer(record: &Record, attempts: &[&Attempt]) {
     }
     let last = attempts.last().unwrap_or_else(|| panic!("an answer without an attempt: {record:?}"));
     match (&record.end, last.fate) {
-        (End::Whole, Fate::Answered | Fate::ClientError | Fate::PassingError | Fate::ErrorFirst) => {
+        (End::Whole, Fate::Answered | Fate::ClientError | Fate::PassingError | Fate::ErrorFirst | Fate::Wordless) => {
             assert_eq!(text, String::from_utf8_lossy(&last.body), "{record:?}");
         }
         (End::Whole, Fate::CutBetween | Fate::StalledInside) => {
@@ -260,6 +260,7 @@ fn outcome_of(record: &Record) -> Option<&'static str> {
         (End::HungUp | End::Lost(_), _) => None,
         (End::Broken, _) => Some("upstream_error"),
         (End::Whole, 200) if text.contains("data: {") && text.contains("\"error\"") => Some("upstream_error"),
+        (End::Whole, 200) if text.contains("\"role\"") && !text.contains("\"content\"") => Some("upstream_error"),
         (End::Whole, 200) => Some("ok"),
         (End::Whole, 400 | 401) => Some("client_error"),
         (End::Whole, 429 | 503) if !proxied => Some("refused"),
