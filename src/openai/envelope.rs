@@ -64,9 +64,7 @@ fn is_about_billing(body: &[u8]) -> bool {
 
 /// Whether this one request is larger than the whole quota (OpenAI's words): it would be refused for ever.
 fn is_too_large_for_the_quota(body: &[u8]) -> bool {
-    let Ok(value) = serde_json::from_slice::<Value>(body) else { return false };
-    let message = value.pointer("/error/message").and_then(Value::as_str).unwrap_or_default();
-    message.starts_with("Request too large")
+    error_member(body, "message").is_some_and(|message| message.starts_with("Request too large"))
 }
 
 /// Whether an event of a stream reports an error instead of output.
@@ -87,11 +85,18 @@ pub fn is_error_event(name: Option<&[u8]>, data: &[u8]) -> bool {
     }
 }
 
-/// `error.type` and `error.code`, where the body has them.
+/// The type and the code of an error, where it has them.
 fn error_words(body: &[u8]) -> Vec<String> {
-    let Ok(value) = serde_json::from_slice::<Value>(body) else { return Vec::new() };
-    let words = ["/error/type", "/error/code"].into_iter().filter_map(|path| value.pointer(path)?.as_str());
-    words.map(str::to_owned).collect()
+    ["type", "code"].into_iter().filter_map(|name| error_member(body, name)).collect()
+}
+
+/// A text of the error that this body or event is about. It stands in `error`, in a failed `response`, or bare, as in the
+/// error events of Responses.
+fn error_member(body: &[u8], name: &str) -> Option<String> {
+    let value: Value = serde_json::from_slice(body).ok()?;
+    let inner =
+        ["/error", "/response/error"].into_iter().find_map(|path| value.pointer(path).filter(|it| it.is_object()));
+    inner.unwrap_or(&value).get(name)?.as_str().map(str::to_owned)
 }
 
 #[cfg(test)]
@@ -115,6 +120,8 @@ mod tests {
         ));
         assert!(is_about_billing(br#"{"error":{"code":"billing_hard_limit_reached"}}"#));
         assert!(is_about_billing(br#"{"error":{"code":"project_spend_limit_exceeded"}}"#));
+        assert!(is_about_billing(br#"{"type":"error","code":"insufficient_quota","message":"x"}"#));
+        assert!(is_about_billing(br#"{"type":"response.failed","response":{"error":{"code":"insufficient_quota"}}}"#));
         assert!(!is_about_billing(br#"{"error":{"message":"insufficient_quota","code":"rate_limit_exceeded"}}"#));
         assert!(!is_about_billing(b"<html>"));
     }

@@ -217,10 +217,11 @@ impl Answer {
         let (ending, result) = match beginning {
             Beginning::Silence if until == limit.at => return limit.exceeded(),
             Beginning::Output | Beginning::Undecided | Beginning::Silence => (self.ending(false), AttemptResult::Ok),
-            Beginning::Error => {
+            Beginning::Error { hopeless } => {
                 // As good as an error for a head.
                 self.source.permit.iter_mut().for_each(Permit::refused);
-                (Ending::ErrorEvent, AttemptResult::StreamError)
+                let ending = if hopeless { self.ending(true) } else { Ending::ErrorEvent };
+                (ending, AttemptResult::StreamError)
             }
             // A backend that dies leaves this behind when there is a proxy before it.
             Beginning::Nothing => (Ending::Broken, AttemptResult::StreamError),

@@ -31,7 +31,10 @@ pub struct Opening {
 pub enum Beginning {
     /// Output, or the end of an answer that has none.
     Output,
-    Error,
+    Error {
+        /// It says that waiting won't help.
+        hopeless: bool,
+    },
     /// Neither yet, and weir holds no more.
     Undecided,
     /// Not even an event in the time there was.
@@ -52,13 +55,13 @@ pub enum WholeError {
 }
 
 impl Opening {
-    /// Reads a metered call's stream up to its first output or error, for as long as `until`. What comes before that, such
-    /// as the role of whoever is to speak, is not counted: 64 events and 256 KiB of it at most.
+    /// Reads a metered call's stream up to its first output or error, until `until` at the latest, and at most 64 events and
+    /// 256 KiB of what comes before that.
     pub async fn first_output(&mut self, body: &mut AnswerBody, until: Instant) -> Beginning {
         self.beginning(body, until, MAX_EVENTS).await
     }
 
-    /// Reads a stream whose API weir does not know up to its first event, for as long as `until`.
+    /// Reads a stream whose API weir does not know up to its first event, until `until` at the latest.
     pub async fn first_event(&mut self, body: &mut AnswerBody, until: Instant) -> Beginning {
         match self.beginning(body, until, 1).await {
             // That may be all that there is to say.
@@ -113,7 +116,7 @@ impl Opening {
 /// What begins with this event; `None` where nothing does yet.
 fn beginning_of(event: Event<'_>) -> Option<Beginning> {
     if envelope::is_error_event(event.name, event.data) {
-        return Some(Beginning::Error);
+        return Some(Beginning::Error { hopeless: envelope::is_hopeless(event.data) });
     }
     (!is_preamble(event)).then_some(Beginning::Output)
 }

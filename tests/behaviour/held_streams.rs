@@ -199,6 +199,25 @@ async fn without_retries_a_stream_of_nothing_is_an_error_that_passes_as_it_came(
     world.assert_nothing_held();
 }
 
+#[tokio::test(start_paused = true)]
+async fn an_error_that_waiting_will_not_mend_is_passed_on_at_once() {
+    let broke = [
+        (0, "data: {\"error\":{\"message\":\"no money\",\"code\":\"insufficient_quota\"}}\n\n"),
+        (2, "event: error\ndata: {\"type\":\"error\",\"code\":\"insufficient_quota\",\"message\":\"no money\"}\n\n"),
+        (2, "data: {\"type\":\"response.failed\",\"response\":{\"error\":{\"code\":\"insufficient_quota\"}}}\n\n"),
+    ];
+    for (api, error) in broke {
+        let text = format!("{}{error}", APIS[api].preamble);
+        let sent = text.clone();
+        let world = World::new("", move |_| stream_of(&sent, end()));
+        let answer = world.send(APIS[api].request()).await;
+        assert_eq!((answer.text(), world.gateway.seen().len(), world.elapsed()), (text, 1, 0));
+        world.settle().await;
+        assert_eq!((world.attempts("stream_error"), world.requests("upstream_error")), (1.0, 1.0));
+        world.assert_nothing_held();
+    }
+}
+
 // What is not held, or no longer.
 
 #[tokio::test(start_paused = true)]
