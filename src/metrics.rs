@@ -194,7 +194,7 @@ impl ModelMetrics {
         self.retries.add(reason as usize, 1);
     }
 
-    /// From sending the attempt that answered to its first event.
+    /// From sending the attempt that answered to its first output.
     pub fn first_token(&self, duration: Duration) {
         self.first_token.observe(duration.as_secs_f64());
     }
@@ -476,7 +476,7 @@ const HISTOGRAMS: [HistogramFamily; 5] = [
     },
     HistogramFamily {
         name: "weir_time_to_first_token_seconds",
-        help: "From sending the attempt that answered with a stream to its first event.",
+        help: "From sending the attempt that answered with a stream to its first output.",
         pick: |metrics| &metrics.first_token,
     },
     HistogramFamily {
