@@ -4,7 +4,7 @@ import asyncio
 import time
 
 from client import Answer, Client
-from scene import Row, at_times, client, percentile, seconds, stage
+from scene import FIGURES, Batch, Row, at_times, client, percentile, seconds, stage
 
 # So that only quotas take time.
 QUICK = "--first-token 50ms --spread 0 --per-token 0s"
@@ -90,7 +90,7 @@ def a_flood_beside_a_batch() -> list[Row]:
         with stage(QUICK, config) as through:
             answers, others = asyncio.run(play(through.weir.base_url, beside))
         waits[beside] = percentile((answer.queued for answer in answers), 95)
-        errors += sum(answer.status != 200 for answer in answers)
+        errors += sum(not answer.good for answer in answers)
         offered += len(others)
     return [
         Row("offered by the flood, over its share", f"{offered / (batches[-1] + 1) / share:.0f}", "100"),
@@ -140,19 +140,10 @@ def refused_and_back_when_told() -> list[Row]:
     return rows
 
 
-class Batch:
-    """The answers to calls that belong together."""
-
-    def __init__(self, answers: list[Answer]):
-        self.answers = answers
-        self.begun = min(answer.begun for answer in answers)
-        self.took = max(answer.ended for answer in answers) - self.begun
-        self.errors = sum(answer.status != 200 for answer in answers)
-
-
 async def batch(due: list[float], base_url: str, **call: object) -> Batch:
     with client(base_url) as of:
         return Batch(await at_times(due, lambda: of.chat(**call)))
 
 
+COLUMNS = FIGURES
 CASES = [a_known_quota, a_known_token_quota, a_flood_beside_a_batch, refused_and_back_when_told]

@@ -6,6 +6,12 @@ import time
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+MODEL = "gpt-4.1-mini"
+PROMPT = "Great value, fast delivery!"
+
+# In place of a status: no answer came, or it broke off.
+BROKEN = 0
+
 
 @dataclass
 class Answer:
@@ -13,6 +19,12 @@ class Answer:
     headers: dict[str, str]
     begun: float
     ended: float
+    # A stream can fail under a good status.
+    whole: bool = True
+
+    @property
+    def good(self) -> bool:
+        return self.status == 200 and self.whole
 
     @property
     def took(self) -> float:
@@ -41,13 +53,16 @@ class Client:
     key: str = "any"
     idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = field(default_factory=list)
 
-    async def chat(self, prompt: str = "Great value, fast delivery!", **more: object) -> Answer:
-        body = {"model": "gpt-4.1-mini", "messages": [{"role": "user", "content": prompt}], **more}
+    async def chat(self, prompt: str = PROMPT, **more: object) -> Answer:
+        body = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], **more}
         begun = time.monotonic()
-        status, headers = await self._post(json.dumps(body).encode())
-        return Answer(status, headers, begun, time.monotonic())
+        try:
+            status, headers, text = await self._post(json.dumps(body).encode())
+        except (OSError, EOFError):
+            return Answer(BROKEN, {}, begun, time.monotonic())
+        return Answer(status, headers, begun, time.monotonic(), not more.get("stream") or b"data: [DONE]" in text)
 
-    async def _post(self, body: bytes) -> tuple[int, dict[str, str]]:
+    async def _post(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         url = urlsplit(self.base_url)
         reader, writer = self.idle.pop() if self.idle else await asyncio.open_connection(url.hostname, url.port)
         head = (
@@ -57,13 +72,15 @@ class Client:
         try:
             writer.write(head.encode() + body)
             status, headers = read_head(await reader.readuntil(b"\r\n\r\n"))
-            # Both answer a call that is not a stream with its length.
-            await reader.readexactly(int(headers["content-length"]))
+            text = await read_body(reader, headers)
         except BaseException:
             writer.close()
             raise
-        self.idle.append((reader, writer))
-        return status, headers
+        if headers.get("connection") == "close":
+            writer.close()
+        else:
+            self.idle.append((reader, writer))
+        return status, headers, text
 
     def close(self) -> None:
         for _, writer in self.idle:
@@ -74,3 +91,14 @@ def read_head(head: bytes) -> tuple[int, dict[str, str]]:
     status, *lines = head.decode("latin-1").rstrip().split("\r\n")
     fields = (line.partition(":") for line in lines)
     return int(status.split(" ")[1]), {name.lower(): value.strip() for name, _, value in fields}
+
+
+async def read_body(reader: asyncio.StreamReader, headers: dict[str, str]) -> bytes:
+    """To its end: by its length, or in chunks without trailers."""
+    if "content-length" in headers:
+        return await reader.readexactly(int(headers["content-length"]))
+    chunks = []
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        chunks.append((await reader.readexactly(size + 2))[:-2])
+    await reader.readexactly(2)
+    return b"".join(chunks)

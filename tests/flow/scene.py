@@ -2,13 +2,14 @@
 
 import asyncio
 import tempfile
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from client import Client
+from client import Answer, Client
 from harness import Simulator, Weir, running_simulator, running_weir
 
 T = TypeVar("T")
@@ -23,10 +24,16 @@ class Row:
     goal: str = ""
 
 
+# The heads of a table of rows.
+FIGURES = ("figure", "measured", "at best, or at most")
+
+
 @dataclass
 class Stage:
     simulator: Simulator
     weir: Weir
+    # When the simulator had begun, by time.monotonic().
+    begun: float
 
     def refused_upstream(self) -> int:
         return sum(self.simulator.stats()["refused"].values())
@@ -36,8 +43,9 @@ class Stage:
 def stage(gateway: str, config: str = "") -> Iterator[Stage]:
     """`weir simulate` with these arguments, and `weir serve` before it."""
     with tempfile.TemporaryDirectory() as directory, running_simulator(*gateway.split()) as simulator:
+        begun = time.monotonic()
         with running_weir(Path(directory), simulator.base_url, config) as weir:
-            yield Stage(simulator, weir)
+            yield Stage(simulator, weir, begun)
 
 
 @contextmanager
@@ -59,6 +67,16 @@ async def at_times(times: Iterable[float], call: Callable[[], Awaitable[T]]) -> 
         return await call()
 
     return await asyncio.gather(*(one(at) for at in times))
+
+
+class Batch:
+    """The answers to calls that belong together."""
+
+    def __init__(self, answers: list[Answer]):
+        self.answers = answers
+        self.begun = min(answer.begun for answer in answers)
+        self.took = max(answer.ended for answer in answers) - self.begun
+        self.errors = sum(not answer.good for answer in answers)
 
 
 def percentile(values: Iterable[float], percent: int) -> float:
