@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from client import Answer, Client
+from client import BROKEN, Answer, Client
 from harness import Simulator, Weir, running_simulator, running_weir
 
 T = TypeVar("T")
@@ -67,6 +67,15 @@ async def at_times(times: Iterable[float], call: Callable[[], Awaitable[T]]) -> 
         return await call()
 
     return await asyncio.gather(*(one(at) for at in times))
+
+
+async def bounded(call: Awaitable[Answer], until: float) -> Answer:
+    """The call's answer; one that has not come by then counts as none."""
+    begun = time.monotonic()
+    try:
+        return await asyncio.wait_for(call, until - begun)
+    except asyncio.TimeoutError:
+        return Answer(BROKEN, {}, begun, time.monotonic())
 
 
 class Batch:
