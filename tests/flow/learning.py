@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any
 
+import peers
 from client import PROMPT, Answer
 from harness import running_simulator
-from peers import NO_SDK, SDK, TUTORIAL, WEIR, Chat, Opening, counting, openai_sdk, sdk_is_missing, semaphore_and_backoff
 from scene import Batch, at_times, bounded, seconds, stage
 
 Call = dict[str, Any]
 # Who plays calls against a chat function, each when it thinks best.
-Player = Callable[[Chat, list[Call]], Awaitable[list[Answer]]]
+Player = Callable[[peers.Chat, list[Call]], Awaitable[list[Answer]]]
 
 # A call that takes longer is an error: nothing here is due to take half of it.
 PATIENCE = 60.0
 
-# An oracle starts a little late, so that it is refused nothing for its own slow start.
-LATE = 0.02
+# An oracle's first calls open connections and take longer than the others, which would come too early behind them.
+LATE = 0.05
 
 # So that only quotas take time.
 QUICK = "--first-token 50ms --spread 0 --per-token 0s"
@@ -33,7 +33,7 @@ class Figures:
 
     client: str
     time: str
-    of_the_oracle: str
+    of_the_oracle: str = ""
     refused: str = ""
     errors: str = ""
     attempts: str = ""
@@ -44,10 +44,10 @@ COLUMNS = (
     "client",
     "time",
     "oracle's time / its time",
-    "refused, for each request",
+    "refused for each request",
     "errors",
-    "attempts, for each request",
-    "of these at best, or at most",
+    "attempts for each request",
+    "goal: ratio; refused; errors",
 )
 
 
@@ -67,20 +67,21 @@ def a_concurrency_cap() -> list[Figures]:
         f"--first-token 300ms --per-token 0s --concurrency {cap} --hints none",
         [{}] * 800,
         so_many_at_once(cap),
-        Through(f"{WEIR}, told", f"[limits]\nconcurrency = {cap}", "0.97; 0.005; 0"),
-        Through(WEIR, "", "0.85; 0.05; 0"),
+        Through(f"{peers.WEIR}, told", f"[limits]\nconcurrency = {cap}", "0.97; 0.005; 0"),
+        Through(peers.WEIR, "", "0.85; 0.05; 0"),
     )
 
 
 def a_rate_with_headers() -> list[Figures]:
     """500 requests at once, at 50 a second; the gateway tells what remains."""
     rate, burst = 50, 5
+    config = f'[limits]\nrequests = {{ rate = "{rate}/s", burst = {burst} }}'
     return compare(
         f"{QUICK} --requests {rate}/s --requests-burst {burst}",
         [{}] * 500,
         when_due([1] * 500, rate, burst),
-        Through(f"{WEIR}, told", f'[limits]\nrequests = {{ rate = "{rate}/s", burst = {burst} }}', "0.97; 0.005; 0"),
-        Through(WEIR, "", "0.95; 0.005; 0"),
+        Through(f"{peers.WEIR}, told", config, "0.97; 0.005; 0"),
+        Through(peers.WEIR, "", "0.95; 0.005; 0"),
     )
 
 
@@ -91,7 +92,7 @@ def a_fixed_window() -> list[Figures]:
         f"{QUICK} --requests {count}/s --window fixed --hints retry-after",
         [{}] * 450,
         at([float(n // count) + LATE for n in range(450)]),
-        Through(WEIR, "", "0.90; 0.05; 0"),
+        Through(peers.WEIR, "", "0.90; 0.05; 0"),
     )
 
 
@@ -102,7 +103,7 @@ def a_rate_without_a_header() -> list[Figures]:
         f"{QUICK} --requests {rate}/s --requests-burst {burst} --hints none",
         [{}] * 500,
         when_due([1] * 500, rate, burst),
-        Through(WEIR, "", "0.85; 0.06; 0"),
+        Through(peers.WEIR, "", "0.85; 0.06; 0"),
     )
 
 
@@ -116,34 +117,35 @@ def a_token_rate() -> list[Figures]:
         f"{QUICK} --tokens {rate}/s --tokens-burst {burst}",
         calls,
         when_due(costs, rate, burst),
-        Through(WEIR, "", "0.92; 0.01; 0"),
+        Through(peers.WEIR, "", "0.92; 0.01; 0"),
     )
 
 
 def faults() -> list[Figures]:
-    """400 requests at once, every other a stream, before a gateway without limits that fails one in eight."""
+    """400 requests at once, every other one a stream, before a gateway without limits that fails about one in ten."""
     faults = "--fault 503=0.05 --fault reset-before-answer=0.03 --fault error-event=0.05"
     return compare(
         f"--first-token 100ms --per-token 1ms {faults}",
         [{"stream": n % 2 == 0} for n in range(400)],
         None,
-        Through(WEIR, "", "-; -; 0"),
+        Through(peers.WEIR, "", "-; -; 0"),
     )
 
 
 def compare(gateway: str, calls: list[Call], oracle: Player | None, *through: Through) -> list[Figures]:
     """One line for each client."""
-    # These two have little to do at a time, so they can play beside each other. The oracle's gateway starts last: its
+    # These have little to do at a time, so they can play beside each other. The oracle's gateway starts last: its
     # windows begin with the play.
-    taught, *best = straight(gateway, calls, (semaphore_and_backoff, at_once), *([(counting, oracle)] if oracle else []))
+    oracles = [(peers.counting, oracle)] if oracle else []
+    taught, *best = straight(gateway, calls, (peers.semaphore_and_backoff, at_once), *oracles)
     known = best[0].batch.took if best else None
     lines = [played.figures("the oracle", known) for played in best]
     lines += [through_weir(gateway, calls, it.config).figures(it.client, known, it.goal) for it in through]
-    if sdk_is_missing():
-        lines.append(Figures(SDK, NO_SDK))
+    if peers.sdk_is_missing():
+        lines.append(Figures(peers.SDK, peers.NO_SDK))
     else:
-        lines += [played.figures(SDK, known) for played in straight(gateway, calls, (openai_sdk, at_once))]
-    return [*lines, taught.figures(TUTORIAL, known)]
+        lines += [played.figures(peers.SDK, known) for played in straight(gateway, calls, (peers.openai_sdk, at_once))]
+    return [*lines, taught.figures(peers.TUTORIAL, known)]
 
 
 @dataclass
@@ -166,7 +168,7 @@ class Played:
         )
 
 
-def straight(gateway: str, calls: list[Call], *clients: tuple[Opening, Player]) -> list[Played]:
+def straight(gateway: str, calls: list[Call], *clients: tuple[peers.Opening, Player]) -> list[Played]:
     """Each client at the same time, at a gateway of its own."""
 
     async def all_of_them() -> list[Batch]:
@@ -182,24 +184,24 @@ def straight(gateway: str, calls: list[Call], *clients: tuple[Opening, Player]) 
 
 def through_weir(gateway: str, calls: list[Call], config: str) -> Played:
     with stage(gateway, config) as through:
-        batch = asyncio.run(play(counting, at_once, through.weir.base_url, calls))
+        batch = asyncio.run(play(peers.counting, at_once, through.weir.base_url, calls))
         return Played(batch, through.simulator.stats())
 
 
-async def play(opening: Opening, player: Player, base_url: str, calls: list[Call]) -> Batch:
+async def play(opening: peers.Opening, player: Player, base_url: str, calls: list[Call]) -> Batch:
     until = time.monotonic() + PATIENCE
     async with opening(base_url) as chat:
         return Batch(await player(lambda **call: bounded(chat(**call), until), calls))
 
 
-async def at_once(chat: Chat, calls: list[Call]) -> list[Answer]:
+async def at_once(chat: peers.Chat, calls: list[Call]) -> list[Answer]:
     return await asyncio.gather(*(chat(**call) for call in calls))
 
 
 def so_many_at_once(cap: int) -> Player:
     """Never one more, and never one less while there is something to do."""
 
-    async def play(chat: Chat, calls: list[Call]) -> list[Answer]:
+    async def play(chat: peers.Chat, calls: list[Call]) -> list[Answer]:
         left = iter(calls)
 
         async def one_after_another() -> list[Answer]:
@@ -217,7 +219,7 @@ def when_due(costs: list[int], rate: int, burst: int) -> Player:
 
 
 def at(times: list[float]) -> Player:
-    async def play(chat: Chat, calls: list[Call]) -> list[Answer]:
+    async def play(chat: peers.Chat, calls: list[Call]) -> list[Answer]:
         left = iter(calls)
         return await at_times(times, lambda: chat(**next(left)))
 

@@ -1,13 +1,12 @@
-"""A gateway that is away for four seconds under a steady load: how soon the load flows again, and what is sent meanwhile."""
+"""A gateway that is away for four seconds: how soon a steady load flows again, and what is sent meanwhile."""
 
 import asyncio
-import bisect
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 
+import peers
 from harness import Simulator, running_simulator
-from peers import NO_SDK, SDK, TUTORIAL, WEIR, Opening, counting, openai_sdk, sdk_is_missing, semaphore_and_backoff
 from scene import Batch, at_times, bounded, seconds, stage
 
 LOAD, LASTS = 40, 14
@@ -15,12 +14,12 @@ OUTAGE = (5, 9)
 GATEWAY = f"--first-token 100ms --spread 0 --per-token 0s --outage {OUTAGE[0]}s..{OUTAGE[1]}s"
 REQUESTS = LOAD * LASTS
 
-# What the load is compared with over.
+# In which the served and the started are counted.
 WINDOW = 0.5
-# The load flows again at this part of it.
+# The load flows again when this part of it is served.
 BACK = 0.9
 
-# From the load's start: the last answers are due at its end, if none had to wait.
+# Counted from the load's start.
 PATIENCE = 45.0
 
 
@@ -28,7 +27,7 @@ PATIENCE = 45.0
 class Figures:
     client: str
     back: str
-    highest: str = ""
+    most_started: str = ""
     errors: str = ""
     attempts: str = ""
     goal: str = ""
@@ -36,33 +35,33 @@ class Figures:
 
 COLUMNS = (
     "client",
-    "the load flows again, after the outage's end",
+    "the load flows again after",
     "most started then, over the load",
     "errors",
-    "attempts, for each request",
-    "of these at best, or at most",
+    "attempts for each request",
+    "goal: again after; errors; attempts",
 )
 
 
 def an_outage() -> list[Figures]:
     """40 requests a second for 14 s; from 5 s to 9 s the gateway answers each with a 503."""
     with stage(GATEWAY) as through:
-        goal = f"2 s; -; 0; {1.2 + 10 / REQUESTS:.3f}"
-        ours = asyncio.run(play(counting, through.weir.base_url, through.simulator, through.begun)).figures(WEIR, goal)
-    if sdk_is_missing():
-        return [ours, Figures(SDK, NO_SDK), straight(semaphore_and_backoff).figures(TUTORIAL)]
-    return [ours, straight(openai_sdk).figures(SDK), straight(semaphore_and_backoff).figures(TUTORIAL)]
+        goal = f"2 s; 0; {1.2 + 10 / REQUESTS:.3f}"
+        ours = asyncio.run(play(peers.counting, through.weir.base_url, through.simulator, through.begun))
+    lines = [ours.figures(peers.WEIR, goal)]
+    lines.append(Figures(peers.SDK, peers.NO_SDK) if peers.sdk_is_missing() else straight(peers.SDK, peers.openai_sdk))
+    return [*lines, straight(peers.TUTORIAL, peers.semaphore_and_backoff)]
 
 
-def straight(opening: Opening) -> "Played":
+def straight(client: str, opening: peers.Opening) -> Figures:
     with running_simulator(*GATEWAY.split()) as simulator:
-        return asyncio.run(play(opening, simulator.base_url, simulator, time.monotonic()))
+        return asyncio.run(play(opening, simulator.base_url, simulator, time.monotonic())).figures(client)
 
 
 @dataclass
 class Played:
     batch: Batch
-    # When, and how many requests the gateway had seen by then.
+    # How many requests had reached the gateway, at moments one after the other.
     arrivals: list[tuple[float, int]]
     end_of_outage: float
 
@@ -78,7 +77,7 @@ class Played:
         )
 
     def back(self) -> float | None:
-        """From the outage's end to that of the first window in which as many were served as the load asks for."""
+        """From the outage's end to the end of the first window after it in which enough were served."""
         enough = round(BACK * LOAD * WINDOW)
         served = sorted(answer.ended for answer in self.batch.answers if answer.good)
         for first, last in zip(served, served[enough - 1 :]):
@@ -87,14 +86,14 @@ class Played:
         return None
 
     def most_started(self) -> int:
-        """The most that reached the gateway in a window after the outage."""
+        """The most that reached the gateway in one window after the outage."""
         after = [(at, count) for at, count in self.arrivals if at >= self.end_of_outage]
-        starts = [at for at, _ in after]
-        within = lambda at: after[bisect.bisect_right(starts, at + WINDOW) - 1][1]  # noqa: E731
-        return max((within(at) - count for at, count in after), default=0)
+        return max(
+            (later - count for at, count in after for then, later in after if 0 <= then - at <= WINDOW), default=0
+        )
 
 
-async def play(opening: Opening, base_url: str, simulator: Simulator, begun: float) -> Played:
+async def play(opening: peers.Opening, base_url: str, simulator: Simulator, begun: float) -> Played:
     until = time.monotonic() + PATIENCE
     arrivals: list[tuple[float, int]] = []
     watching = asyncio.create_task(watch(simulator, arrivals))

@@ -50,7 +50,7 @@ async def semaphore_and_backoff(base_url: str) -> AsyncIterator[Chat]:
 
 @asynccontextmanager
 async def openai_sdk(base_url: str) -> AsyncIterator[Chat]:
-    """The openai SDK with its defaults: two retries, after what the gateway asks for, or else half a second and more."""
+    """The openai SDK with its defaults: two retries, when the gateway says, or else after half a second and more."""
     import openai
 
     async def ask(prompt: str = PROMPT, **call: Any) -> Answer:
