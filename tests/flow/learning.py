@@ -23,6 +23,9 @@ PATIENCE = 60.0
 # An oracle's first calls open connections and take longer than the others, which would come too early behind them.
 LATE = 0.05
 
+# In which one client's first calls are sent, before the next client begins.
+HEAD_START = 0.3
+
 # So that only quotas take time.
 QUICK = "--first-token 50ms --spread 0 --per-token 0s"
 
@@ -61,11 +64,11 @@ class Through:
 
 
 def a_concurrency_cap() -> list[Figures]:
-    """800 requests at once, before a gateway that serves 20 at a time, each in about 300 ms, and tells nothing."""
+    """600 requests at once, before a gateway that serves 20 at a time, each in about 300 ms, and tells nothing."""
     cap = 20
     return compare(
         f"--first-token 300ms --per-token 0s --concurrency {cap} --hints none",
-        [{}] * 800,
+        [{}] * 600,
         so_many_at_once(cap),
         Through(f"{peers.WEIR}, told", f"[limits]\nconcurrency = {cap}", "0.97; 0.005; 0"),
         Through(peers.WEIR, "", "0.85; 0.05; 0"),
@@ -86,12 +89,12 @@ def a_rate_with_headers() -> list[Figures]:
 
 
 def a_fixed_window() -> list[Figures]:
-    """450 requests at once, before windows of 30 each second; who is refused is told the whole seconds to wait."""
+    """360 requests at once, before windows of 30 each second; who is refused is told the whole seconds to wait."""
     count = 30
     return compare(
         f"{QUICK} --requests {count}/s --window fixed --hints retry-after",
-        [{}] * 450,
-        at([float(n // count) + LATE for n in range(450)]),
+        [{}] * 360,
+        at([float(n // count) + LATE for n in range(360)]),
         Through(peers.WEIR, "", "0.90; 0.05; 0"),
     )
 
@@ -122,11 +125,11 @@ def a_token_rate() -> list[Figures]:
 
 
 def faults() -> list[Figures]:
-    """400 requests at once, every other one a stream, before a gateway without limits that fails about one in ten."""
+    """300 requests at once, every other one a stream, before a gateway without limits that fails about one in ten."""
     faults = "--fault 503=0.05 --fault reset-before-answer=0.03 --fault error-event=0.05"
     return compare(
         f"--first-token 100ms --per-token 1ms {faults}",
-        [{"stream": n % 2 == 0} for n in range(400)],
+        [{"stream": n % 2 == 0} for n in range(300)],
         None,
         Through(peers.WEIR, "", "-; -; 0"),
     )
@@ -134,10 +137,9 @@ def faults() -> list[Figures]:
 
 def compare(gateway: str, calls: list[Call], oracle: Player | None, *through: Through) -> list[Figures]:
     """One line for each client."""
-    # These have little to do at a time, so they can play beside each other. The oracle's gateway starts last: its
-    # windows begin with the play.
+    # These have little to do at a time, so they can play beside each other.
     oracles = [(peers.counting, oracle)] if oracle else []
-    taught, *best = straight(gateway, calls, (peers.semaphore_and_backoff, at_once), *oracles)
+    *best, taught = straight(gateway, calls, *oracles, (peers.semaphore_and_backoff, at_once))
     known = best[0].batch.took if best else None
     lines = [played.figures("the oracle", known) for played in best]
     lines += [through_weir(gateway, calls, it.config).figures(it.client, known, it.goal) for it in through]
@@ -169,12 +171,14 @@ class Played:
 
 
 def straight(gateway: str, calls: list[Call], *clients: tuple[peers.Opening, Player]) -> list[Played]:
-    """Each client at the same time, at a gateway of its own."""
+    """The clients beside each other, each at a gateway of its own."""
+
+    async def one(nth: int, opening: peers.Opening, player: Player) -> Batch:
+        await asyncio.sleep(nth * HEAD_START)
+        return await play(opening, player, simulators[nth].base_url, calls)
 
     async def all_of_them() -> list[Batch]:
-        return await asyncio.gather(
-            *(play(opening, player, it.base_url, calls) for (opening, player), it in zip(clients, simulators))
-        )
+        return await asyncio.gather(*(one(nth, *client) for nth, client in enumerate(clients)))
 
     with ExitStack() as stack:
         simulators = [stack.enter_context(running_simulator(*gateway.split())) for _ in clients]

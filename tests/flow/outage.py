@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import peers
@@ -48,14 +48,25 @@ def an_outage() -> list[Figures]:
     with stage(GATEWAY) as through:
         goal = f"2 s; 0; {1.2 + 10 / REQUESTS:.3f}"
         ours = asyncio.run(play(peers.counting, through.weir.base_url, through.simulator, through.begun))
-    lines = [ours.figures(peers.WEIR, goal)]
-    lines.append(Figures(peers.SDK, peers.NO_SDK) if peers.sdk_is_missing() else straight(peers.SDK, peers.openai_sdk))
-    return [*lines, straight(peers.TUTORIAL, peers.semaphore_and_backoff)]
+    missing = [Figures(peers.SDK, peers.NO_SDK)] if peers.sdk_is_missing() else []
+    sdk = {} if missing else {peers.SDK: peers.openai_sdk}
+    return [ours.figures(peers.WEIR, goal), *missing, *straight(sdk | {peers.TUTORIAL: peers.semaphore_and_backoff})]
 
 
-def straight(client: str, opening: peers.Opening) -> Figures:
-    with running_simulator(*GATEWAY.split()) as simulator:
-        return asyncio.run(play(opening, simulator.base_url, simulator, time.monotonic())).figures(client)
+def straight(clients: dict[str, peers.Opening]) -> list[Figures]:
+    """The clients beside each other, each at a gateway of its own."""
+
+    async def all_of_them() -> list[Played]:
+        return await asyncio.gather(*(play(opening, it.base_url, it, begun) for opening, (it, begun) in gateways))
+
+    with ExitStack() as stack:
+        gateways = [(opening, begin(stack)) for opening in clients.values()]
+        return [played.figures(client) for client, played in zip(clients, asyncio.run(all_of_them()))]
+
+
+def begin(stack: ExitStack) -> tuple[Simulator, float]:
+    """A gateway, and when it began."""
+    return stack.enter_context(running_simulator(*GATEWAY.split())), time.monotonic()
 
 
 @dataclass
