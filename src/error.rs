@@ -24,6 +24,8 @@ pub enum Cause {
     Concurrency,
     /// No room in the queue, by number or by bytes.
     QueueFull,
+    /// The gateway fails or says that it has too much to do, and the wait would be too long.
+    Unavailable,
     /// weir is about to stop.
     Draining,
     /// No connection to the gateway.
@@ -83,12 +85,13 @@ struct Row {
 
 impl Cause {
     /// Every cause, in the order of the table.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 23] = [
         Self::Requests,
         Self::Tokens,
         Self::ClientConcurrency,
         Self::Concurrency,
         Self::QueueFull,
+        Self::Unavailable,
         Self::Draining,
         Self::Unreachable,
         Self::Disconnected,
@@ -117,6 +120,7 @@ impl Cause {
             Self::ClientConcurrency => (429, "concurrency", "rate_limit_exceeded", Some("concurrency"), Hint::Exact),
             Self::Concurrency => (503, "overloaded", "concurrency_exhausted", Some("concurrency"), Hint::Exact),
             Self::QueueFull => (503, "overloaded", "queue_full", Some("queue"), Hint::Exact),
+            Self::Unavailable => (503, "upstream_error", "upstream_unavailable", Some("breaker"), Hint::Exact),
             Self::Draining => (503, "overloaded", "draining", Some("drain"), Hint::Exact),
             Self::Unreachable => (502, "upstream_error", "upstream_unreachable", None, Hint::DoNotRetry),
             Self::Disconnected => (502, "upstream_error", "upstream_disconnected", None, Hint::DoNotRetry),

@@ -76,6 +76,7 @@ vocabulary! {
         Tokens = "tokens",
         Concurrency = "concurrency",
         Queue = "queue",
+        Breaker = "breaker",
         Drain = "drain",
     }
 }
@@ -217,6 +218,8 @@ pub struct ModelGauges {
     pub in_flight: u64,
     pub waiting: u64,
     pub concurrency_limit: Option<u32>,
+    /// How long the gateway wants to be left alone by it.
+    pub cooldown: Duration,
 }
 
 /// What is left of one limit, read when scraped.
@@ -520,8 +523,13 @@ fn gauge_families(gauges: &Gauges) -> Vec<MetricFamily> {
         row("weir_waiting", "Requests in the queue now.", of_models(|model| Some(model.waiting as f64))),
         row(
             "weir_concurrency_limit",
-            "The tightest number of slots that the model's requests have to share.",
+            "How many of the model's requests may be under way: found by trying where limits.concurrency is adaptive.",
             of_models(|model| model.concurrency_limit.map(f64::from)),
+        ),
+        row(
+            "weir_cooldown_seconds",
+            "How long no request for the model is let through yet: the gateway has said so, or fails.",
+            of_models(|model| Some(model.cooldown.as_secs_f64())),
         ),
         row(
             "weir_limit_remaining",

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use weir::admission::bucket::Bucket;
 use weir::admission::limit::Measure;
+use weir::admission::pace::LaneRules;
 use weir::admission::queue::{Ask, Grant, Offer, Queue, Rules, Used};
 use weir::admission::slots::Slots;
 use weir::admission::{Cost, Lane, Rank};
@@ -56,7 +57,8 @@ impl<W> Scene<W> {
     /// Where no more than so many may wait.
     pub fn with_room_for(max_waiting: usize, held_up_by: HeldUpBy, tenants: usize, models: usize) -> Self {
         let now = Instant::now();
-        let rules = Rules { max_waiting, lane_slots: None, mode: Mode::Enforce };
+        let lane = LaneRules { slots: None, give_up: MAX_WAIT };
+        let rules = Rules { max_waiting, lane, mode: Mode::Enforce };
         let slots = if held_up_by == HeldUpBy::Slots { 100 } else { 1_000_000 };
         let tokens = if held_up_by == HeldUpBy::Tokens { scarce_tokens() } else { ample("100000000/s") };
         let mut queue = Queue::new(rules, measures(tokens, slots, now));
@@ -124,7 +126,7 @@ impl<W> Scene<W> {
     }
 
     pub fn waiting(&self) -> usize {
-        self.queue.flows().map(|flow| flow.waiting as usize).sum()
+        self.queue.flows(self.now).map(|flow| flow.waiting as usize).sum()
     }
 
     /// The next one's turn comes: as a slot is given back, or as the bucket refills.

@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use super::bucket::Bucket;
 use super::fair::TenantId;
 use super::line::{Line, Load};
+use super::pace::{Heard, Pace, Pass};
 use super::promise::Promises;
 use super::slack::ChargeNo;
 use super::slots::Slots;
@@ -62,6 +63,8 @@ pub enum Measure {
     Tokens(Bucket),
     /// How many may be under way.
     Concurrency(Slots),
+    /// What a lane has learned of the gateway.
+    Pace(Box<Pace>),
 }
 
 /// What a request needs of a limit.
@@ -130,14 +133,15 @@ impl Limit {
     pub fn has_room(&self, need: Need, now: Instant) -> bool {
         match &self.measure {
             Measure::Concurrency(slots) => slots.has_room(),
+            Measure::Pace(pace) => pace.is_open(need.tokens, now),
             Measure::Requests(bucket) if self.saver.is_none() => bucket.is_open(1, now),
             Measure::Tokens(bucket) if self.saver.is_none() => bucket.is_open(need.tokens, now),
             Measure::Requests(_) | Measure::Tokens(_) => self.opens_at(need, now).is_some_and(|at| at <= now),
         }
     }
 
-    /// Lets one pass that has waited since then.
-    pub fn take(&mut self, tokens: u64, charge: ChargeNo, waiting_since: Instant, now: Instant) {
+    /// Lets one pass that has waited since then. A pace wants to have what it returns back.
+    pub fn take(&mut self, tokens: u64, charge: ChargeNo, waiting_since: Instant, now: Instant) -> Option<Pass> {
         match &mut self.measure {
             Measure::Requests(bucket) => {
                 let taken = bucket.try_take(1, charge, waiting_since, now);
@@ -148,7 +152,9 @@ impl Limit {
                 debug_assert!(taken, "a bucket with room gives its cells");
             }
             Measure::Concurrency(slots) => slots.take(),
+            Measure::Pace(pace) => return Some(pace.pass(tokens, waiting_since < now, now)),
         }
+        None
     }
 
     /// One of this tenant's has passed; `waited` says that it had to wait.
@@ -184,6 +190,8 @@ impl Limit {
             Measure::Requests(bucket) => bucket.open_at(1, now),
             Measure::Tokens(bucket) => bucket.open_at(tokens, now),
             Measure::Concurrency(slots) => now + slots.shortest_wait(slots.beyond() + 1),
+            // What is learned is the gateway's: it does not observe but refuse.
+            Measure::Pace(_) => now,
         };
         if passes_at > now + allowed {
             return false;
@@ -192,6 +200,7 @@ impl Limit {
             Measure::Requests(bucket) => bucket.owe(1, charge, now),
             Measure::Tokens(bucket) => bucket.owe(tokens, charge, now),
             Measure::Concurrency(slots) => slots.take(),
+            Measure::Pace(_) => {}
         }
         true
     }
@@ -200,6 +209,7 @@ impl Limit {
     pub fn expected_at(&self, load: Load, now: Instant) -> Instant {
         match &self.measure {
             Measure::Concurrency(slots) => now + slots.expected_wait(load.requests),
+            Measure::Pace(pace) => pace.expected_at(load, now),
             Measure::Requests(_) | Measure::Tokens(_) => self.earliest_at(load, now),
         }
     }
@@ -210,6 +220,7 @@ impl Limit {
             Measure::Requests(bucket) => bucket.available_at(load.requests, now).max(now),
             Measure::Tokens(bucket) => bucket.available_at(load.tokens, now).max(now),
             Measure::Concurrency(slots) => now + slots.shortest_wait(load.requests),
+            Measure::Pace(pace) => pace.earliest_at(load, now),
         }
     }
 
@@ -218,7 +229,7 @@ impl Limit {
     pub fn own_part(&self, tokens: u64) -> Load {
         match &self.measure {
             Measure::Tokens(bucket) => Load::one(tokens.min(u64::from(bucket.rate().burst))),
-            Measure::Requests(_) | Measure::Concurrency(_) => Load::one(tokens),
+            Measure::Requests(_) | Measure::Concurrency(_) | Measure::Pace(_) => Load::one(tokens),
         }
     }
 
@@ -231,7 +242,7 @@ impl Limit {
                 Load { requests, tokens: u64::try_from(tokens).unwrap_or(u64::MAX) }
             }
             Measure::Tokens(bucket) => waiting.up_to_tokens(bucket.count_by(until, now)),
-            Measure::Concurrency(_) => waiting,
+            Measure::Concurrency(_) | Measure::Pace(_) => waiting,
         }
     }
 
@@ -243,6 +254,7 @@ impl Limit {
             Measure::Concurrency(slots) => {
                 slots.turnover().saturating_mul(u32::try_from(load.requests).unwrap_or(u32::MAX))
             }
+            Measure::Pace(pace) => pace.time_for(load),
         }
     }
 
@@ -250,6 +262,11 @@ impl Limit {
     pub fn next_look(&self, first_in_line: Option<Need>, now: Instant) -> Option<Instant> {
         if matches!(self.measure, Measure::Concurrency(_)) {
             return None;
+        }
+        if let Measure::Pace(pace) = &self.measure {
+            let first = first_in_line?;
+            let gives_up_at = pace.gives_up_at().filter(|at| *at > now);
+            return pace.opens_at(first.tokens, now).into_iter().chain(gives_up_at).min();
         }
         let saver = self.saver.and_then(|saver| self.opens_at(saver.need, now));
         let first = first_in_line.and_then(|need| self.opens_at(need, now));
@@ -262,7 +279,7 @@ impl Limit {
         let (bucket, cells) = match &self.measure {
             Measure::Requests(bucket) => (bucket, 1),
             Measure::Tokens(bucket) => (bucket, need.tokens),
-            Measure::Concurrency(_) => return None,
+            Measure::Concurrency(_) | Measure::Pace(_) => return None,
         };
         match self.saver {
             Some(saver) if saver.need.flow == need.flow => Some(bucket.open_at(cells, now)),
@@ -319,14 +336,26 @@ impl Limit {
         self.promises.entry(tenant).or_insert_with(|| Promises::new(self.passed)).promise(earliest, takes)
     }
 
-    /// Why a request that this limit holds up is refused.
-    pub fn cause(&self) -> Cause {
+    /// Why a request of that many tokens is refused that this limit holds up.
+    pub fn cause(&self, tokens: u64, now: Instant) -> Cause {
         match (&self.measure, &self.scope) {
             (Measure::Requests(_), _) => Cause::Requests,
             (Measure::Tokens(_), _) => Cause::Tokens,
             (Measure::Concurrency(_), Scope::Client(_)) => Cause::ClientConcurrency,
             (Measure::Concurrency(_), _) => Cause::Concurrency,
+            (Measure::Pace(pace), _) => pace.cause(tokens, now),
         }
+    }
+
+    /// What became of an attempt that a pace has let through. `true` where nobody passes for some time after it.
+    pub fn hear(&mut self, pass: &Pass, heard: &Heard, now: Instant) -> bool {
+        let Measure::Pace(pace) = &mut self.measure else { return false };
+        pace.hear(pass, heard, now)
+    }
+
+    /// Whether the gateway has failed for so long that nobody is to wait.
+    pub fn given_up(&self, now: Instant) -> bool {
+        self.mode == Mode::Enforce && matches!(&self.measure, Measure::Pace(pace) if pace.given_up(now))
     }
 }
 
@@ -336,6 +365,7 @@ impl fmt::Display for Limit {
             Measure::Requests(bucket) => write!(f, "the request limit of {}", bucket.rate())?,
             Measure::Tokens(bucket) => write!(f, "the limit of {} tokens", bucket.rate())?,
             Measure::Concurrency(slots) => write!(f, "the limit of {} requests at a time", slots.limit())?,
+            Measure::Pace(_) => f.write_str("what the gateway takes")?,
         }
         match &self.scope {
             Scope::Global => Ok(()),

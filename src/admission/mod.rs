@@ -14,6 +14,7 @@ pub mod estimate;
 pub mod fair;
 pub mod limit;
 pub mod line;
+pub mod pace;
 pub mod promise;
 pub mod queue;
 pub mod refusal;
@@ -39,17 +40,19 @@ use crate::openai::usage::Usage;
 use bucket::Bucket;
 use estimate::Learned;
 use limit::{Limit, Measure};
+use pace::LaneRules;
 use queue::{Ask, Grant, Offer, Queue, Rules, Ticket, Used};
 use slots::Slots;
 
 pub use bytes::{ByteBudget, HeldBytes, NoRoom};
 pub use estimate::{Cost, Size};
 pub use limit::{Rank, Scope};
-pub use queue::Lane;
+pub use pace::{Heard, Signal};
+pub use queue::{Echo, Lane};
 pub use refusal::Refusal;
 
-/// Where an adaptive lane starts.
-const INITIAL_LANE_SLOTS: u32 = 10;
+/// Where an adaptive lane starts, and how far it may go.
+const LANE_SLOTS: (u32, u32) = (10, 1000);
 
 /// A request, as admission sees it: the same for each of its attempts.
 #[derive(Debug, Clone)]
@@ -121,10 +124,13 @@ impl Gate {
     pub fn open(config: &Config, models: Arc<Models>, clients: &Clients) -> Arc<Self> {
         let limits = &config.limits;
         let (lane_slots, slots) = match limits.concurrency {
-            Concurrency::Adaptive => (Some(share(INITIAL_LANE_SLOTS, limits.replicas)), None),
+            Concurrency::Adaptive => {
+                (Some((share(LANE_SLOTS.0, limits.replicas), share(LANE_SLOTS.1, limits.replicas))), None)
+            }
             Concurrency::Fixed(number) => (None, Some(number)),
         };
-        let rules = Rules { max_waiting: config.queue.max_waiting as usize, lane_slots, mode: limits.mode };
+        let lane = LaneRules { slots: lane_slots, give_up: config.breaker.give_up };
+        let rules = Rules { max_waiting: config.queue.max_waiting as usize, lane, mode: limits.mode };
         let (requests, tokens) = (limits.requests, limits.tokens);
         let global = LimitTable { requests, tokens, concurrency: slots, mode: limits.mode };
         let now = Instant::now();
@@ -215,7 +221,7 @@ impl Gate {
             let (tightest, bucket) = match &limit.measure {
                 Measure::Requests(bucket) => (&mut standing.requests, bucket),
                 Measure::Tokens(bucket) => (&mut standing.tokens, bucket),
-                Measure::Concurrency(_) => continue,
+                Measure::Concurrency(_) | Measure::Pace(_) => continue,
             };
             let quota = Quota {
                 limit: bucket.rate().count,
@@ -229,6 +235,11 @@ impl Gate {
         standing
     }
 
+    /// Whether the gateway has failed so long that nobody is to wait for it in this lane.
+    pub fn has_given_up(&self, who: &Applicant) -> bool {
+        self.lock().has_given_up(who.tenant, who.lane, Instant::now())
+    }
+
     /// Refuses everyone who waits, and everyone who comes from now on.
     pub fn close(&self) {
         drop(self.change(Queue::close));
@@ -237,11 +248,12 @@ impl Gate {
     /// How many requests of each model are under way and waiting, its flows added up.
     pub fn model_gauges(&self) -> Vec<ModelGauges> {
         let mut of_model: BTreeMap<ModelId, ModelGauges> = BTreeMap::new();
-        for flow in self.lock().flows() {
+        for flow in self.lock().flows(Instant::now()) {
             let gauges = of_model.entry(flow.model).or_default();
             gauges.in_flight += u64::from(flow.in_flight);
             gauges.waiting += flow.waiting;
             gauges.concurrency_limit = gauges.concurrency_limit.max(flow.slots);
+            gauges.cooldown = gauges.cooldown.max(flow.cooldown);
         }
         let named =
             of_model.into_iter().map(|(model, gauges)| ModelGauges { model: self.models.name(model), ..gauges });
@@ -251,7 +263,7 @@ impl Gate {
     /// The limits of the configuration and what is left of them.
     pub fn limit_gauges(&self) -> Vec<LimitGauge> {
         let now = Instant::now();
-        self.lock().limits().map(|limit| gauge_of(limit, now)).collect()
+        self.lock().limits().filter_map(|limit| gauge_of(limit, now)).collect()
     }
 
     /// What requests under way are estimated to cost, until they are settled.
@@ -298,12 +310,14 @@ impl Gate {
 
     /// Changes the queue, lets through whoever can go after that, and wakes them once the lock is free.
     fn change<T>(&self, change: impl FnOnce(&mut Queue<oneshot::Sender<Turn>>, Instant) -> T) -> T {
-        let now = Instant::now();
         let mut turns = Vec::new();
         let mut queue = self.lock();
+        // Not before: with several workers the queue would see time go back.
+        let now = Instant::now();
         let before = queue.next_timer();
         let answer = change(&mut queue, now);
         queue.pump(now, |wake, grant| turns.push((wake, grant)));
+        let turned_away = queue.turned_away();
         let sooner = queue.next_timer().is_some_and(|next| before.is_none_or(|before| next < before));
         drop(queue);
         if sooner {
@@ -312,6 +326,9 @@ impl Gate {
         for (wake, grant) in turns {
             // A waiter that is gone gives the permit back by dropping it.
             let _ = wake.send(Ok(self.permit(grant)));
+        }
+        for (wake, refusal) in turned_away {
+            let _ = wake.send(Err(refusal));
         }
         answer
     }
@@ -364,6 +381,11 @@ impl Permit {
         self.written = self.written.saturating_sub(1);
     }
 
+    /// What became of the attempt, and what follows from it.
+    pub fn hear(&self, heard: &Heard) -> Echo {
+        self.gate.change(|queue, now| queue.hear(&self.grant, heard, now))
+    }
+
     /// What the request was estimated to cost.
     pub fn cost(&self) -> Cost {
         self.grant.cost()
@@ -407,6 +429,7 @@ impl std::fmt::Debug for Permit {
 }
 
 /// What a request that was not refused has.
+#[expect(clippy::large_enum_variant, reason = "one at a time, on the stack, and most are permits")]
 enum Place {
     Permit(Permit),
     Waiting(Ticket, oneshot::Receiver<Turn>),
@@ -464,16 +487,17 @@ fn share(number: u32, replicas: u32) -> u32 {
     (number / replicas.max(1)).max(1)
 }
 
-fn gauge_of(limit: &Limit, now: Instant) -> LimitGauge {
+fn gauge_of(limit: &Limit, now: Instant) -> Option<LimitGauge> {
     let (unit, remaining) = match &limit.measure {
         Measure::Requests(bucket) => ("requests", bucket.remaining(now)),
         Measure::Tokens(bucket) => ("tokens", bucket.remaining(now)),
         Measure::Concurrency(slots) => ("concurrency", slots.limit().saturating_sub(slots.in_use())),
+        Measure::Pace(_) => return None,
     };
     let (scope, name) = match &limit.scope {
         Scope::Global => ("global", String::new()),
         Scope::Model(name) => ("model", name.to_string()),
         Scope::Client(name) => ("client", name.to_string()),
     };
-    LimitGauge { scope, name, unit, remaining: u64::from(remaining) }
+    Some(LimitGauge { scope, name, unit, remaining: u64::from(remaining) })
 }

@@ -25,6 +25,7 @@ use super::estimate::Cost;
 use super::fair::{TenantId, Tenants, Virtual};
 use super::limit::{FlowId, Limit, LimitId, Measure, Need, Rank, Scope};
 use super::line::{Head, Line, Load};
+use super::pace::{Heard, LaneRules, Pass, Signal};
 use super::refusal::Refusal;
 use super::slack::ChargeNo;
 use crate::clients::{ClientId, Tenant};
@@ -32,7 +33,7 @@ use crate::config::{Mode, Weight};
 use crate::error::Cause;
 use crate::models::ModelId;
 
-use flows::{Flow, LaneId, LaneState};
+use flows::{Flow, LaneId, LaneState, Shared};
 
 /// Those who share what is learned about the gateway: one upstream credential (by fingerprint) and one model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -71,6 +72,8 @@ pub struct Grant {
     observed: u16,
     /// The limits in observe mode that would have refused it.
     pub would_refuse: Vec<Cause>,
+    /// What its lane's pace wants to have back.
+    pass: Option<Pass>,
 }
 
 impl Grant {
@@ -78,6 +81,15 @@ impl Grant {
     pub fn cost(&self) -> Cost {
         self.cost
     }
+}
+
+/// What follows from how an attempt has ended.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Echo {
+    /// Its lane holds everyone up until the gateway takes requests again, so that a retry need not wait by itself.
+    pub lane_waits: bool,
+    /// The attempt found out for others, who wait, what the gateway takes: it is not to cost the request a retry.
+    pub was_for_others: bool,
 }
 
 /// What a request that was let through came to.
@@ -116,9 +128,8 @@ pub enum Offer {
 #[derive(Debug, Clone, Copy)]
 pub struct Rules {
     pub max_waiting: usize,
-    /// Slots of each lane; `None` where the configuration has one number for all.
-    pub lane_slots: Option<u32>,
-    /// Whether everyone's limits, and the lanes' slots, hold anybody up.
+    pub lane: LaneRules,
+    /// Whether everyone's limits hold anybody up.
     pub mode: Mode,
 }
 
@@ -130,6 +141,8 @@ pub struct FlowView {
     pub waiting: u64,
     /// The tightest number of slots on its way.
     pub slots: Option<u32>,
+    /// How long its lane is closed.
+    pub cooldown: Duration,
 }
 
 /// Everyone who waits, and every limit they wait for.
@@ -145,6 +158,8 @@ pub struct Queue<W> {
     lanes: Vec<LaneState>,
     free_lanes: Vec<LaneId>,
     of_lane: HashMap<Lane, LaneId>,
+    /// By [`Lane::credential`].
+    credentials: HashMap<u64, Shared>,
     flows: Vec<Flow<W>>,
     free_flows: Vec<FlowId>,
     of_flow: HashMap<(TenantId, LaneId), FlowId>,
@@ -155,6 +170,8 @@ pub struct Queue<W> {
     /// Tenants whose last flow has left a line; it may stand there again before the pump is done.
     gone: Vec<(LimitId, TenantId)>,
     timers: BTreeSet<(Instant, LimitId)>,
+    /// Who waited until the gateway was given up.
+    turned_away: Vec<(W, Refusal)>,
     charges: u64,
     waiting: usize,
     reserved_tokens: u64,
@@ -193,6 +210,7 @@ impl<W> Queue<W> {
             lanes: Vec::new(),
             free_lanes: Vec::new(),
             of_lane: HashMap::new(),
+            credentials: HashMap::new(),
             flows: Vec::new(),
             free_flows: Vec::new(),
             of_flow: HashMap::new(),
@@ -201,6 +219,7 @@ impl<W> Queue<W> {
             opened: Vec::new(),
             gone: Vec::new(),
             timers: BTreeSet::new(),
+            turned_away: Vec::new(),
             charges: 0,
             waiting: 0,
             reserved_tokens: 0,
@@ -232,7 +251,7 @@ impl<W> Queue<W> {
         if self.closed {
             return Offer::Refused(Refusal::draining());
         }
-        let id = self.flow_of(ask, model_name);
+        let id = self.flow_of(ask, model_name, now);
         let need = self.need(id, ask.cost);
         let first = self.flows[id.0].waiters.first_key_value().is_none_or(|(head, _)| ask.rank < *head);
         let blocker = match self.blocker(need, ask.rank, now) {
@@ -241,8 +260,12 @@ impl<W> Queue<W> {
             None => self.held_up_by(id).expect("nobody waits where there is no limit"),
             Some(blocker) => blocker,
         };
+        let pace = self.pace_of(id);
+        if self.limits[pace.0].given_up(now) {
+            return Offer::Refused(self.refuse(id, pace, Cause::Unavailable, ask.cost, ask.max_wait, now));
+        }
         if let Some(limit) = self.too_late(id, ask, now) {
-            let cause = self.limits[limit.0].cause();
+            let cause = self.limits[limit.0].cause(ask.cost.tokens(), now);
             return Offer::Refused(self.refuse(id, limit, cause, ask.cost, ask.max_wait, now));
         }
         let full = self.waiting >= self.rules.max_waiting && !ask.again;
@@ -293,7 +316,7 @@ impl<W> Queue<W> {
     pub fn expire(&mut self, ticket: Ticket, now: Instant) -> Option<Refusal> {
         let blocker = self.held_up_by(ticket.flow);
         let waiter = self.remove(ticket, now)?;
-        let cause = self.limits[blocker?.0].cause();
+        let cause = self.limits[blocker?.0].cause(waiter.cost.tokens(), now);
         Some(self.refuse(ticket.flow, blocker?, cause, waiter.cost, waiter.max_wait, now))
     }
 
@@ -311,8 +334,13 @@ impl<W> Queue<W> {
         let correction = self.next_charge();
         for id in path_of(&self.flows[grant.flow.0], grant) {
             let limit = &mut self.limits[id.0];
+            let held = now.saturating_duration_since(grant.at);
             match &mut limit.measure {
-                Measure::Concurrency(slots) => slots.give_back(now.saturating_duration_since(grant.at)),
+                Measure::Concurrency(slots) => slots.give_back(held),
+                Measure::Pace(pace) => {
+                    let Some(pass) = &grant.pass else { continue };
+                    pace.give_back(pass, used, now);
+                }
                 Measure::Requests(bucket) if used == Used::Unsent => bucket.give_back(1, grant.charge),
                 Measure::Requests(_) => continue,
                 Measure::Tokens(_) if charged == 0 => continue,
@@ -335,6 +363,22 @@ impl<W> Queue<W> {
             true => line.correct(tenant, charged, service),
             false => line.correct_elsewhere(tenant, charged, service),
         });
+    }
+
+    /// What became of an attempt, as far as the gateway's answer or silence tells it. Before [`Queue::release`].
+    pub fn hear(&mut self, grant: &Grant, heard: &Heard, now: Instant) -> Echo {
+        let Some(pass) = &grant.pass else { return Echo::default() };
+        let pace = self.pace_of(grant.flow);
+        let limit = &mut self.limits[pace.0];
+        let waits = limit.hear(pass, heard, now);
+        self.compare_lanes(grant.flow, pass, heard.signal, now);
+        let limit = &mut self.limits[pace.0];
+        let others_wait = !limit.line.is_empty();
+        if others_wait {
+            self.opened.push(pace);
+        }
+        let found_out = pass.is_probe() || matches!(heard.signal, Signal::Refused { .. });
+        Echo { lane_waits: waits && limit.mode == Mode::Enforce, was_for_others: found_out && others_wait }
     }
 
     /// Charges the request buckets on the way once more, whether they have room or not.
@@ -367,6 +411,9 @@ impl<W> Queue<W> {
         while let Some((at, limit)) = self.timers.first().copied().filter(|(at, _)| *at <= now) {
             self.timers.remove(&(at, limit));
             self.limits[limit.0].timer = None;
+            if self.limits[limit.0].given_up(now) {
+                self.turn_away(limit, now);
+            }
             self.opened.push(limit);
         }
         loop {
@@ -381,6 +428,11 @@ impl<W> Queue<W> {
                 self.tenants.share_mut(tenant).lines.retain(|line| *line != limit);
             }
         }
+    }
+
+    /// Those whom [`Queue::pump`] has refused, since their gateway has failed for too long.
+    pub fn turned_away(&mut self) -> Vec<(W, Refusal)> {
+        std::mem::take(&mut self.turned_away)
     }
 
     /// When [`Queue::pump`] is to be called at the latest.
@@ -447,22 +499,30 @@ impl<W> Queue<W> {
     fn grant(&mut self, id: FlowId, cost: Cost, max_wait: Duration, waiting_since: Instant, now: Instant) -> Grant {
         let charge = self.next_charge();
         let tokens = cost.tokens();
+        let mut grant_pass = None;
         let flow = &mut self.flows[id.0];
         flow.in_flight += 1;
         for limit in &flow.path {
             let limit = &mut self.limits[limit.0];
             if limit.concerns(tokens) {
-                limit.take(tokens, charge, waiting_since, now);
+                grant_pass = limit.take(tokens, charge, waiting_since, now).or(grant_pass);
                 limit.note_turn(flow.tenant, tokens, waiting_since < now);
             }
         }
-        let mut grant = Grant { flow: id, at: now, charge, cost, observed: 0, would_refuse: Vec::new() };
+        let mut grant =
+            Grant { flow: id, at: now, charge, cost, observed: 0, would_refuse: Vec::new(), pass: grant_pass };
         for (place, limit) in flow.observed.iter().enumerate() {
             let limit = &mut self.limits[limit.0];
+            if let Measure::Pace(pace) = &mut limit.measure {
+                // It goes on learning, and holds nobody up.
+                grant.pass = Some(pace.pass(tokens, waiting_since < now, now));
+                grant.observed |= 1 << place;
+                continue;
+            }
             if limit.concerns(tokens) && limit.observe(tokens, charge, max_wait, now) {
                 grant.observed |= 1 << place;
-            } else if limit.concerns(tokens) && !grant.would_refuse.contains(&limit.cause()) {
-                grant.would_refuse.push(limit.cause());
+            } else if limit.concerns(tokens) && !grant.would_refuse.contains(&limit.cause(tokens, now)) {
+                grant.would_refuse.push(limit.cause(tokens, now));
             }
         }
         self.reserved_tokens = self.reserved_tokens.saturating_add(tokens);
@@ -716,6 +776,19 @@ impl<W> Queue<W> {
             Some(Ticket { flow: *flow, rank: *rank })
         };
         self.tenants.share(other).backlog.iter().filter_map(last).max_by_key(|ticket| ticket.rank)
+    }
+
+    /// Refuses everyone who waits in the lane of this pace.
+    fn turn_away(&mut self, pace: LimitId, now: Instant) {
+        let in_lane = |id: &FlowId| self.pace_of(*id) == pace && !self.flows[id.0].waiters.is_empty();
+        let flows: Vec<FlowId> = self.of_flow.values().copied().filter(in_lane).collect();
+        for flow in flows {
+            while let Some((rank, _)) = self.flows[flow.0].waiters.first_key_value() {
+                let Some(waiter) = self.remove(Ticket { flow, rank: *rank }, now) else { break };
+                let refusal = self.refuse(flow, pace, Cause::Unavailable, waiter.cost, waiter.max_wait, now);
+                self.turned_away.push((waiter.wake, refusal));
+            }
+        }
     }
 
     fn displace(&mut self, ticket: Ticket, now: Instant) -> Option<(W, Refusal)> {

@@ -68,6 +68,12 @@ impl Slots {
         });
     }
 
+    /// Gives one back that says nothing about how long they are held.
+    pub fn give_back_unused(&mut self) {
+        debug_assert!(self.in_use > 0, "a slot is given back once");
+        self.in_use = self.in_use.saturating_sub(1);
+    }
+
     /// How long until the `n`-th slot from now (from 1) is free, going by how long they were held of late.
     pub fn expected_wait(&self, n: u64) -> Duration {
         let free = u64::from(self.limit.saturating_sub(self.in_use));

@@ -61,6 +61,7 @@ impl Config {
         writeln!(f, "base_delay = \"{}\"", format_duration(retry.base_delay))?;
         writeln!(f, "max_delay = \"{}\"", format_duration(retry.max_delay))?;
         writeln!(f, "budget = {}", retry.budget)?;
+        writeln!(f, "\n[breaker]\ngive_up = \"{}\"", format_duration(self.breaker.give_up))?;
         writeln!(f, "\n[timeouts]\nconnect = \"{}\"", format_duration(timeouts.connect))?;
         writeln!(f, "first_event = \"{}\"", format_duration(timeouts.first_event))?;
         writeln!(f, "response = \"{}\"", format_duration(timeouts.response))?;

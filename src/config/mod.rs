@@ -36,6 +36,7 @@ pub struct Config {
     pub limits: Limits,
     pub queue: Queue,
     pub retry: Retry,
+    pub breaker: Breaker,
     pub timeouts: Timeouts,
     pub log: Log,
     /// Limits of single models, on top of `limits`; `"*"` stands for every model not named.
@@ -127,6 +128,13 @@ pub struct Retry {
     pub max_delay: Duration,
     /// Retries per first attempt, over ten seconds.
     pub budget: f64,
+}
+
+/// `[breaker]`: what is done while the gateway fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Breaker {
+    /// Of unbroken failure: after that time everyone is refused at once.
+    pub give_up: Duration,
 }
 
 /// `[timeouts]`: how long the gateway may take.
@@ -222,7 +230,6 @@ impl Config {
     }
 
     fn read(root: &Section<'_>, env: &dyn Fn(&str) -> Option<String>) -> Self {
-        root.not_yet("breaker", "leave [breaker] out");
         let upstream = Upstream::read(&root.section("upstream"), env);
         let limits = Limits::read(&root.section("limits"));
         let models = root.sections("models");
@@ -242,6 +249,7 @@ impl Config {
             limits,
             queue: Queue::read(&root.section("queue")),
             retry: Retry::read(&root.section("retry")),
+            breaker: Breaker::read(&root.section("breaker")),
             timeouts: Timeouts::read(&root.section("timeouts")),
             log: Log::read(&root.section("log")),
         }
@@ -364,6 +372,12 @@ impl Retry {
                 }
             }),
         }
+    }
+}
+
+impl Breaker {
+    fn read(section: &Section<'_>) -> Self {
+        Self { give_up: section.get_or("give_up", Duration::from_secs(30)) }
     }
 }
 

@@ -41,10 +41,25 @@ const LONGEST_HINT: Duration = Duration::from_secs(86_400);
 /// How long the gateway asks to wait: `retry-after-ms`, else `retry-after` (seconds or an HTTP date), else the reset of
 /// the `x-ratelimit` quota that has nothing left. At most a day; what can't be read is no hint.
 pub fn retry_hint(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
-    millis(headers)
-        .or_else(|| retry_after(headers, now))
-        .or_else(|| exhausted_reset(headers))
-        .map(|hint| hint.min(LONGEST_HINT))
+    explicit_hint(headers, now).or_else(|| exhausted_reset(headers)).map(|hint| hint.min(LONGEST_HINT))
+}
+
+/// Whether the gateway says in so many words when to come back, with `retry-after-ms` or `retry-after`.
+pub fn explicit_hint(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    millis(headers).or_else(|| retry_after(headers, now)).map(|hint| hint.min(LONGEST_HINT))
+}
+
+/// How the gateway says that its quotas of requests and tokens stand. Values that are not positive mean nothing (some gateways
+/// send -1), and neither do those that can't be read. A quota without a time is taken to be a minute's.
+pub fn told_quotas(headers: &HeaderMap) -> [Option<Quota>; 2] {
+    [REQUESTS, TOKENS].map(|[limit, remaining, reset]| {
+        let limit: u64 = text(headers, limit.as_str())?.parse().ok().filter(|limit| *limit > 0)?;
+        let remaining: u64 = text(headers, remaining.as_str())?.parse().ok()?;
+        let told = text(headers, reset.as_str()).and_then(|told| go_duration(told).or_else(|| seconds(told)));
+        let lacking = limit.saturating_sub(remaining) as f64 / limit as f64;
+        let reset = told.unwrap_or_else(|| Duration::from_secs(60).mul_f64(lacking)).min(LONGEST_HINT);
+        Some(Quota { limit, remaining, reset })
+    })
 }
 
 /// The gateway's `x-should-retry`, which overrides what the status says.
@@ -195,6 +210,39 @@ mod tests {
             assert_eq!(hint(&[("retry-after", value)]), None, "{value}");
         }
         assert_eq!(hint(&[("retry-after", "99999999999999999999999999")]), Some(LONGEST_HINT));
+    }
+
+    fn told(lines: &[(&'static str, &'static str)]) -> [Option<Quota>; 2] {
+        let headers = lines
+            .iter()
+            .map(|(name, value)| (HeaderName::from_static(name), value.parse().expect("a value")))
+            .collect();
+        told_quotas(&headers)
+    }
+
+    #[test]
+    fn the_gateways_quotas_are_read() {
+        let lines = [
+            ("x-ratelimit-limit-requests", "500"),
+            ("x-ratelimit-remaining-requests", "499"),
+            ("x-ratelimit-reset-requests", "120ms"),
+            ("x-ratelimit-limit-tokens", "1000"),
+            ("x-ratelimit-remaining-tokens", "250"),
+        ];
+        let requests = Quota { limit: 500, remaining: 499, reset: Duration::from_millis(120) };
+        let tokens = Quota { limit: 1000, remaining: 250, reset: Duration::from_secs(45) };
+        assert_eq!(told(&lines), [Some(requests), Some(tokens)]);
+        let plain = [lines[0], lines[1], ("x-ratelimit-reset-requests", "0.12")];
+        assert_eq!(told(&plain), [Some(requests), None]);
+    }
+
+    #[test]
+    fn quotas_that_mean_nothing_are_not_read() {
+        for (limit, remaining) in [("-1", "-1"), ("0", "0"), ("10", "-1"), ("x", "1"), ("10", ""), ("1e3", "1")] {
+            let lines = [("x-ratelimit-limit-requests", limit), ("x-ratelimit-remaining-requests", remaining)];
+            assert_eq!(told(&lines), [None, None], "{limit} {remaining}");
+        }
+        assert_eq!(told(&[("x-ratelimit-remaining-requests", "1")]), [None, None]);
     }
 
     #[test]

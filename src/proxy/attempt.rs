@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use super::Proxy;
 use super::call::{AsksUsage, Call, CallBody};
 use super::{body, usage_option};
-use crate::admission::Permit;
+use crate::admission::{Echo, Heard, Permit, Signal};
 use crate::error::{self, Cause, Failure};
 use crate::ledger::Ledger;
 use crate::metrics::AttemptResult;
@@ -29,6 +29,7 @@ pub(super) struct Tried {
     pub(super) option_refused: bool,
     /// The permit of one that the gateway refused for its quota.
     pub(super) over_quota: Option<Permit>,
+    pub(super) echo: Echo,
 }
 
 /// An answer of the gateway's, before it goes to the client.
@@ -55,13 +56,14 @@ impl Proxy {
         let exchanging = self.exchange(call, &mut permit, ledger);
         let exchange = match tokio::time::timeout_at(limit.at, exchanging).await {
             Ok(Ok(exchange)) => exchange,
-            Ok(Err(error)) => return unanswered(&error, call),
-            Err(_) => return self.late(limit, call),
+            Ok(Err(error)) => return unanswered(&error, call).heard_by(&permit),
+            Err(_) if limit.cause == Cause::DeadlineExceeded => return self.late(limit, call),
+            Err(_) => return self.late(limit, call).heard_by(&permit),
         };
         if exchange.head.status == StatusCode::SWITCHING_PROTOCOLS {
             let failure =
                 Failure::new(Cause::InvalidResponse, "the gateway switched protocols, which nobody asked it to");
-            return Tried::failed(Ending::Broken, AttemptResult::Reset, failure);
+            return Tried::failed(Ending::Broken, AttemptResult::Reset, failure).heard_by(&permit);
         }
         self.open(exchange, call, permit, limit).await
     }
@@ -141,14 +143,17 @@ impl Proxy {
         if status.is_success() && can_be_repeated && relay::is_event_stream(&answer.head) {
             return answer.hold_preamble(call.endpoint.is_some(), until, limit).await;
         }
-        let mut hopeless = !can_be_repeated;
+        let (mut hopeless, mut own_fault) = (!can_be_repeated, false);
         let mut option_refused = false;
         let about_the_option = asked_for_client && usage_option::could_be_about_it(status);
         let worth_holding = retry::is_worth_holding(status, headers::should_retry(&answer.head.headers));
-        if can_be_repeated && (worth_holding || about_the_option) {
+        // What a 429 means for others its body says.
+        let about_the_lane = status == StatusCode::TOO_MANY_REQUESTS;
+        if can_be_repeated && (worth_holding || about_the_option || about_the_lane) {
             match answer.hold_error(until).await {
                 WholeError::Whole(body) => {
                     hopeless = envelope::is_hopeless(&body);
+                    own_fault = hopeless;
                     option_refused =
                         about_the_option && self.shared.usage_option.may_be_to_blame(call.model, status, &body);
                 }
@@ -156,20 +161,37 @@ impl Proxy {
                 WholeError::Broken(error) => {
                     let failure =
                         Failure::new(Cause::Disconnected, format!("the gateway broke its error {status} off: {error}"));
-                    return Tried::failed(answer.ending(false), result, failure);
+                    let tried = Tried::failed(answer.ending(false), result, failure);
+                    return answer.source.permit.iter().fold(tried, Tried::heard_by);
                 }
             }
         }
+        let ending = answer.ending(hopeless);
+        let echo = answer
+            .source
+            .permit
+            .as_ref()
+            .map(|permit| permit.hear(&answer.heard(ending, own_fault)))
+            .unwrap_or_default();
         let held_whole = answer.source.rest.is_none();
         let over_quota = status == StatusCode::TOO_MANY_REQUESTS && !hopeless;
         let permit = answer.source.permit.take_if(|_| held_whole).filter(|_| over_quota);
-        Tried { ending: answer.ending(hopeless), result, outcome: Ok(answer), option_refused, over_quota: permit }
+        Tried { ending, result, outcome: Ok(answer), option_refused, over_quota: permit, echo }
     }
 }
 
 impl Tried {
     fn failed(ending: Ending, result: AttemptResult, failure: Failure) -> Self {
-        Self { ending, result, outcome: Err(failure), option_refused: false, over_quota: None }
+        Self { ending, result, outcome: Err(failure), option_refused: false, over_quota: None, echo: Echo::default() }
+    }
+
+    /// Tells the attempt's lane that the gateway has failed, unless it was the client.
+    fn heard_by(self, permit: &Permit) -> Self {
+        if self.result == AttemptResult::Cancelled {
+            return self;
+        }
+        let echo = permit.hear(&Heard { signal: Signal::Failed, requests: None, tokens: None });
+        Self { echo, ..self }
     }
 }
 
@@ -194,6 +216,22 @@ impl Answer {
         Ending::Answer { status, hopeless, should_retry, hint }
     }
 
+    /// What the answer says of its lane.
+    fn heard(&self, ending: Ending, own_fault: bool) -> Heard {
+        let fields = &self.head.headers;
+        let hint = headers::explicit_hint(fields, SystemTime::now());
+        let [requests, tokens] = headers::told_quotas(fields);
+        let signal = match (self.head.status.as_u16(), ending, hint) {
+            // Money lacks, or the request is too large: others are not concerned.
+            _ if own_fault => Signal::Accepted,
+            (429, _, hint) => Signal::Refused { hint },
+            (503 | 529, _, Some(hint)) => Signal::Overloaded { hint },
+            (408 | 500.., _, _) | (_, Ending::ErrorEvent | Ending::Broken, _) => Signal::Failed,
+            _ => Signal::Accepted,
+        };
+        Heard { signal, requests, tokens }
+    }
+
     /// Reads an error's body, so that the answer can be kept without its connection.
     async fn hold_error(&mut self, until: Instant) -> WholeError {
         let Source { opening, rest, .. } = &mut self.source;
@@ -215,7 +253,9 @@ impl Answer {
             None => Beginning::Undecided,
         };
         let (ending, result) = match beginning {
-            Beginning::Silence if until == limit.at => return limit.exceeded(),
+            Beginning::Silence if until == limit.at => {
+                return self.source.permit.iter().fold(limit.exceeded(), Tried::heard_by);
+            }
             Beginning::Output | Beginning::Undecided | Beginning::Silence => (self.ending(false), AttemptResult::Ok),
             Beginning::Error { hopeless } => {
                 // As good as an error for a head.
@@ -230,10 +270,19 @@ impl Answer {
                     Cause::Disconnected,
                     format!("the gateway broke its stream off before the first output: {error}"),
                 );
-                return Tried::failed(Ending::Broken, AttemptResult::Reset, failure);
+                let broken = Tried::failed(Ending::Broken, AttemptResult::Reset, failure);
+                return self.source.permit.iter().fold(broken, Tried::heard_by);
             }
         };
-        Tried { ending, result, outcome: Ok(self), option_refused: false, over_quota: None }
+        self.tried(ending, result)
+    }
+
+    /// An attempt that has brought the beginning of a stream.
+    fn tried(self, ending: Ending, result: AttemptResult) -> Tried {
+        let own_fault = matches!(ending, Ending::Answer { hopeless: true, .. });
+        let heard = self.heard(ending, own_fault);
+        let echo = self.source.permit.as_ref().map(|permit| permit.hear(&heard)).unwrap_or_default();
+        Tried { ending, result, outcome: Ok(self), option_refused: false, over_quota: None, echo }
     }
 }
 

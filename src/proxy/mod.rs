@@ -45,6 +45,12 @@ use call::{AsksUsage, Call};
 use fields::Via;
 use usage_option::UsageOption;
 
+/// How many of a request's attempts may find out for all whether the gateway is back, and cost it no retry.
+const MOST_FREE_PROBES: u32 = 10;
+
+/// How often it is looked whether the budget allows a retry that waits for it.
+const BUDGET_INTERVAL: Duration = Duration::from_millis(500);
+
 /// Where clients' requests become the gateway's. A clone for each worker, with connections of its own.
 pub struct Proxy {
     shared: Arc<Shared>,
@@ -173,14 +179,30 @@ impl Proxy {
         ledger.set_client(caller.client);
         let mut call = self.read(head, route, caller, &mut asked.body, ledger).await?;
         let applicant = asked.applicant.insert(self.applicant(&call, ledger.arrived()));
-        let mut tries =
-            Tries { retries: 0, by_client: call.by_client, timed_out: false, repeatable: call.is_repeatable() };
+        let mut tries = Tries {
+            retries: 0,
+            by_client: call.by_client,
+            timed_out: false,
+            repeatable: call.is_repeatable(),
+            probe: false,
+        };
+        let (mut free_probes, mut owes_retry) = (0, false);
         let mut last: Option<Result<Answer, Failure>> = None;
         loop {
             let permit = match self.admit(applicant, ledger).await {
                 Ok(permit) => permit,
                 Err(refusal) => return last.map_or(Err(refusal), given_up),
             };
+            if owes_retry && !self.shared.policy.pay(Instant::now()) {
+                // Another was quicker; this permit goes back, and the request waits for the budget again.
+                drop(permit);
+                match last {
+                    Some(kept) if !self.waits_for_budget(&call, applicant, ledger).await => return given_up(kept),
+                    kept => last = kept,
+                }
+                continue;
+            }
+            owes_retry = false;
             if ledger.attempts() == 0 {
                 self.shared.policy.first_attempt(Instant::now());
             }
@@ -189,8 +211,11 @@ impl Proxy {
                 // That is between weir and the gateway: no retry, and not for the client to see.
                 ledger.attempt_ends(tried.result);
                 call.usage = AsksUsage::InVain;
+                // Unless no further attempt is let through.
+                last = Some(tried.outcome.map(Answer::without_permit));
                 continue;
             }
+            tries.probe = tried.echo.was_for_others && free_probes < MOST_FREE_PROBES;
             let verdict = self.judge(&tried, tries, &call, ledger);
             if tried.outcome.is_err() || verdict != Verdict::Final {
                 ledger.attempt_ends(tried.result);
@@ -208,14 +233,46 @@ impl Proxy {
                 permit.used(permit.cost().tokens());
             }
             ledger.retries(tried.result);
-            tries.retries += 1;
+            match tries.probe {
+                true => free_probes += 1,
+                false => tries.retries += 1,
+            }
             tries.timed_out |= tried.ending == Ending::TimedOut;
             // Kept in case no further attempt is let through; the slot is not kept.
-            last = Some(tried.outcome.map(Answer::without_permit));
+            let kept = tried.outcome.map(Answer::without_permit);
+            if self.shared.gate.has_given_up(applicant) {
+                return given_up(kept);
+            }
             let asleep = Instant::now();
-            tokio::time::sleep(delay).await;
+            // Where its lane waits for the gateway, the request waits in its place in the queue.
+            if !tried.echo.lane_waits {
+                tokio::time::sleep(delay).await;
+            }
+            if !self.waits_for_budget(&call, applicant, ledger).await {
+                return given_up(kept);
+            }
+            (last, owes_retry) = (Some(kept), true);
             ledger.spent_elsewhere(asleep.elapsed());
         }
+    }
+
+    /// Waits until the budget allows a retry; `false` where the request's time is over before that, or nobody is to wait for this
+    /// gateway any more.
+    async fn waits_for_budget(&self, call: &Call, applicant: &Applicant, ledger: &Ledger) -> bool {
+        while !self.shared.policy.allows_retry(Instant::now()) {
+            if self.time_left(call, ledger) <= BUDGET_INTERVAL || self.shared.gate.has_given_up(applicant) {
+                return false;
+            }
+            tokio::time::sleep(BUDGET_INTERVAL).await;
+        }
+        true
+    }
+
+    /// For how long the request is still worth an attempt.
+    fn time_left(&self, call: &Call, ledger: &Ledger) -> Duration {
+        let deadline = self.shared.config.timeouts.deadline;
+        let patience = call.patience.unwrap_or(Duration::MAX).min(deadline);
+        patience.saturating_sub(ledger.arrived().elapsed())
     }
 
     /// Waits for a permit. Dropped while it waits, the place in the queue is given up.
@@ -256,10 +313,8 @@ impl Proxy {
         if !call.body.is_whole() {
             return Verdict::Final;
         }
-        let deadline = self.shared.config.timeouts.deadline;
-        let patience = call.patience.unwrap_or(Duration::MAX).min(deadline);
-        let left = patience.saturating_sub(ledger.arrived().elapsed());
-        self.shared.policy.judge(tried.ending, tries, left, Instant::now(), &mut rand::rng())
+        let left = self.time_left(call, ledger);
+        self.shared.policy.judge(tried.ending, tries, left, &mut rand::rng())
     }
 
     /// The gateway's answer, with what weir adds.

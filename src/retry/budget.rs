@@ -43,10 +43,19 @@ impl RetryBudget {
         self.with_second(now, |second, _| second.first_attempts = second.first_attempts.saturating_add(1));
     }
 
+    /// Whether there is enough for a retry.
+    pub fn allows(&self, now: Instant) -> bool {
+        self.with_second(now, |_, sums| self.is_within(sums))
+    }
+
+    fn is_within(&self, sums: Second) -> bool {
+        f64::from(sums.retries) + 1.0 <= self.ratio * f64::from(sums.first_attempts) + FLOOR
+    }
+
     /// Pays for a retry, if there is enough.
     pub fn withdraw(&self, now: Instant) -> bool {
         self.with_second(now, |second, sums| {
-            let within = f64::from(sums.retries) + 1.0 <= self.ratio * f64::from(sums.first_attempts) + FLOOR;
+            let within = self.is_within(sums);
             second.retries += u32::from(within);
             within
         })

@@ -49,6 +49,8 @@ pub struct Tries {
     pub timed_out: bool,
     /// Doing it twice does no harm that doing it once does not: a metered call, or an idempotent method.
     pub repeatable: bool,
+    /// The attempt was to find out whether the gateway is back. That it failed does not count among the retries.
+    pub probe: bool,
 }
 
 /// Try again after a delay, or leave it at that.
@@ -58,7 +60,7 @@ pub enum Verdict {
     Final,
     /// It was a passing fault, but enough has been tried.
     GiveUp,
-    /// Try again after this delay.
+    /// Try again after this delay, when the budget allows it ([`Policy::pay`]).
     Again { delay: Duration },
 }
 
@@ -92,9 +94,19 @@ impl Policy {
         self.budget.deposit(now);
     }
 
-    /// Judges an attempt, and pays for the retry from the budget if there is to be one. `patience` is the time that the
-    /// request has left; a longer delay is not worth waiting for.
-    pub fn judge(&self, ending: Ending, tries: Tries, patience: Duration, now: Instant, rng: &mut impl Rng) -> Verdict {
+    /// Whether the budget allows a retry. One that it does not allow yet waits: that keeps retries from storming as well as giving up,
+    /// and loses nothing.
+    pub fn allows_retry(&self, now: Instant) -> bool {
+        self.budget.allows(now)
+    }
+
+    /// Pays for a retry that is about to be made, if there is enough.
+    pub fn pay(&self, now: Instant) -> bool {
+        self.budget.withdraw(now)
+    }
+
+    /// Judges an attempt. `patience` is the time that the request has left; a longer delay is not worth waiting for.
+    pub fn judge(&self, ending: Ending, tries: Tries, patience: Duration, rng: &mut impl Rng) -> Verdict {
         if !may_help(ending, tries) {
             return Verdict::Final;
         }
@@ -103,17 +115,16 @@ impl Policy {
             _ => None,
         };
         let delay = hint.unwrap_or_else(|| self.backoff(tries.retries, rng));
-        let tries_left = tries.retries < self.max_retries.saturating_sub(tries.by_client);
+        let tries_left = tries.probe || tries.retries < self.max_retries.saturating_sub(tries.by_client);
         let second_timeout = ending == Ending::TimedOut && tries.timed_out;
         if self.max_retries == 0 {
             // Retrying was left to the client.
             return Verdict::Final;
         }
-        if tries_left && !second_timeout && delay < patience && self.budget.withdraw(now) {
-            Verdict::Again { delay }
-        } else {
-            Verdict::GiveUp
+        if !tries_left || second_timeout || delay >= patience {
+            return Verdict::GiveUp;
         }
+        Verdict::Again { delay }
     }
 
     /// `min(base_delay * 2^retries + uniform(0, base_delay), max_delay)`.
@@ -162,7 +173,7 @@ mod tests {
     use crate::config::Config;
 
     const PATIENCE: Duration = Duration::from_secs(900);
-    const FRESH: Tries = Tries { retries: 0, by_client: 0, timed_out: false, repeatable: true };
+    const FRESH: Tries = Tries { retries: 0, by_client: 0, timed_out: false, repeatable: true, probe: false };
 
     fn answer(status: u16) -> Ending {
         let status = StatusCode::from_u16(status).expect("a status");
@@ -178,7 +189,6 @@ mod tests {
             ending,
             tries,
             patience,
-            Instant::now(),
             &mut SmallRng::seed_from_u64(1),
         )
     }
@@ -247,6 +257,22 @@ mod tests {
         assert_eq!(judge(answer(503), Tries { retries: 3, ..FRESH }), Verdict::GiveUp);
         assert_eq!(judge(answer(503), Tries { retries: 1, by_client: 2, ..FRESH }), Verdict::GiveUp);
         assert_eq!(judge(answer(503), Tries { by_client: u32::MAX, ..FRESH }), Verdict::GiveUp);
+    }
+
+    #[test]
+    fn a_probe_costs_no_retry() {
+        assert!(is_retried(answer(503), Tries { retries: 3, probe: true, ..FRESH }));
+        assert!(is_retried(answer(429), Tries { by_client: 9, probe: true, ..FRESH }));
+    }
+
+    #[test]
+    fn without_a_budget_a_retry_waits_for_it() {
+        let policy = Policy::new(&Config::default().retry, Instant::now());
+        let now = Instant::now();
+        while policy.pay(now) {}
+        assert!(is_retried(answer(503), FRESH) && !policy.allows_retry(now));
+        let later = now + Duration::from_secs(11);
+        assert!(policy.allows_retry(later) && policy.pay(later));
     }
 
     #[test]

@@ -213,14 +213,17 @@ async fn a_retry_that_waits_is_displaced_by_nobody() {
 
 // Observe mode.
 
+/// So that no lane has to find out how many the gateway takes.
+const SLOTS: &str = "[limits]\nconcurrency = 1000\n";
+
 #[tokio::test(start_paused = true)]
 async fn limits_that_only_observe_count_and_hold_nobody_up() {
     let limits = "requests = { rate = \"1/min\", burst = 1 }\ntokens = { rate = \"100/min\", burst = 100 }\n\
                   concurrency = 2\nmode = \"observe\"\n";
     let configs = [
         (("global", ""), format!("[limits]\n{limits}{}", two_clients("", ""))),
-        (("model", "gpt-4.1-mini"), two_clients("", &format!("[models.\"gpt-4.1-mini\"]\n{limits}"))),
-        (("client", "a"), two_clients(limits, "")),
+        (("model", "gpt-4.1-mini"), two_clients("", &format!("{SLOTS}[models.\"gpt-4.1-mini\"]\n{limits}"))),
+        (("client", "a"), two_clients(limits, SLOTS)),
     ];
     for ((scope, name), config) in configs {
         let world = World::new(&format!("[queue]\nmax_wait = \"1s\"\n{config}"), |_| {

@@ -8,6 +8,7 @@ mod edge;
 mod fairness;
 mod hang_ups;
 mod held_streams;
+mod learning;
 mod limits;
 mod metering;
 mod retries;

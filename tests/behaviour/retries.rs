@@ -117,29 +117,29 @@ async fn a_lack_of_money_is_not_waited_for() {
 
 #[tokio::test(start_paused = true)]
 async fn no_slot_is_held_while_weir_sleeps() {
-    let script = |seen: &Seen| if seen.number == 0 { error(503, &[("retry-after", "5")]) } else { completion() };
+    let script = |seen: &Seen| if seen.number == 0 { error(503, &[]) } else { completion() };
     let world = World::new("[limits]\nconcurrency = 1\n", script);
     let first = world.spawn(chat(CHAT));
     world.gateway.saw(1).await;
     assert_eq!(world.chat().await.status, 200);
     assert_eq!(world.elapsed(), 0, "the second went while the first slept");
     assert_eq!(first.await.expect("answered").status, 200);
-    assert_eq!(world.times(), [0, 0, 5000]);
+    assert!(matches!(world.times()[..], [0, 0, 1000..=2001]), "{:?}", world.times());
     world.assert_nothing_held();
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_retry_goes_to_the_front_of_the_queue_and_past_its_bound() {
     let script = |seen: &Seen| match seen.number {
-        0 => error(503, &[("retry-after-ms", "10")]),
-        _ => [vec![Step::Wait(Duration::from_secs(1))], completion()].concat(),
+        0 => error(503, &[]),
+        _ => [vec![Step::Wait(Duration::from_secs(3))], completion()].concat(),
     };
     let world = World::new("[limits]\nconcurrency = 1\n[queue]\nmax_waiting = 2\n", script);
     for name in ["first", "second", "third"] {
         world.spawn(chat(&CHAT.replace("hello", name)));
         world.settle().await;
     }
-    tokio::time::sleep(Duration::from_millis(10)).await;
+    tokio::time::sleep(Duration::from_millis(2002)).await;
     // The second has the slot, the first is back in the queue with the third: full, by number.
     let fourth = world.chat().await;
     assert_eq!(fourth.code(), "queue_full");
@@ -279,10 +279,19 @@ async fn the_budget_keeps_retries_from_storming() {
     let world = World::new("[limits]\nconcurrency = 1000\n", |_| error(500, &[]));
     let clients: Vec<_> = (0..200).map(|_| world.spawn(chat(CHAT))).collect();
     for client in clients {
-        assert_eq!(client.await.expect("answered").header("x-should-retry"), "false");
+        let answer = client.await.expect("answered");
+        assert!(
+            answer.status == 500 && answer.header("x-should-retry") == "false"
+                || answer.code() == "upstream_unavailable"
+        );
     }
-    let attempts = world.gateway.seen().len();
-    assert!((200..=200 + 40 + 10).contains(&attempts), "{attempts}");
+    let times = world.times();
+    for from in 0..times.len() {
+        let within = |number: &&u64| **number < times[from] + 10_000;
+        let attempts = times[from..].iter().take_while(within).count();
+        assert!(attempts <= 200 + 40 + 10, "{attempts} in ten seconds from {}", times[from]);
+    }
+    assert!(world.elapsed() < 60_000, "after breaker.give_up nobody waits any more");
     world.assert_nothing_held();
 }
 

@@ -1,13 +1,17 @@
 //! Which flow a request waits in: found, made, and forgotten when nobody is in it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use super::{Ask, FlowView, Lane, Place, Queue, Waiter};
 use crate::admission::fair::TenantId;
 use crate::admission::limit::{FlowId, Limit, LimitId, Measure, Rank, Scope};
 use crate::admission::line::Load;
-use crate::admission::slots::Slots;
+use crate::admission::pace::credential::Credential;
+use crate::admission::pace::{Pace, Pass, Signal};
 use crate::clients::Tenant;
 use crate::config::Mode;
 use crate::models::ModelId;
@@ -19,15 +23,26 @@ pub const MAX_LANES: usize = 4096;
 /// that wait or are under way.
 pub const MAX_IDLE: usize = 4096;
 
+/// Lanes that share a quota are opened one after the other, so far apart, up to so many times: the first finds out for all.
+const TURN: Duration = Duration::from_millis(10);
+const MOST_TURNS: usize = 20;
+
 /// A lane's place in the queue's list of them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(super) struct LaneId(usize);
 
 /// What belongs to one lane.
 pub(super) struct LaneState {
     lane: Lane,
-    own_slots: Option<LimitId>,
+    pace: LimitId,
     flows: u32,
+}
+
+/// The lanes of one credential, and what they have in common.
+#[derive(Default)]
+pub(super) struct Shared {
+    credential: Credential,
+    lanes: BTreeSet<LaneId>,
 }
 
 /// One tenant's requests in one lane.
@@ -54,12 +69,16 @@ impl<W> Flow<W> {
 
 impl<W> Queue<W> {
     /// Every flow that somebody uses.
-    pub fn flows(&self) -> impl Iterator<Item = FlowView> + '_ {
-        self.of_flow.values().map(|id| &self.flows[id.0]).map(|flow| FlowView {
-            model: flow.model,
-            in_flight: flow.in_flight,
-            waiting: flow.waiters.len() as u64,
-            slots: self.tightest_slots(flow),
+    pub fn flows(&self, now: Instant) -> impl Iterator<Item = FlowView> + '_ {
+        self.of_flow.values().map(move |id| {
+            let flow = &self.flows[id.0];
+            FlowView {
+                model: flow.model,
+                in_flight: flow.in_flight,
+                waiting: flow.waiters.len() as u64,
+                slots: self.tightest_slots(flow),
+                cooldown: self.cooldown(self.pace_of(*id), now),
+            }
         })
     }
 
@@ -70,7 +89,17 @@ impl<W> Queue<W> {
         flow.into_iter().flat_map(|flow| &flow.path).map(|id| &self.limits[id.0])
     }
 
-    pub(super) fn flow_of(&mut self, ask: &Ask, model_name: impl Fn() -> Arc<str>) -> FlowId {
+    /// Whether this lane's gateway has failed so long that nobody is to wait for it.
+    pub fn has_given_up(&self, tenant: Tenant, lane: Lane, now: Instant) -> bool {
+        self.limits_on_the_way(tenant, lane).any(|limit| limit.given_up(now))
+    }
+
+    /// The pace of the flow's lane.
+    pub(super) fn pace_of(&self, flow: FlowId) -> LimitId {
+        self.lanes[self.flows[flow.0].lane.0].pace
+    }
+
+    pub(super) fn flow_of(&mut self, ask: &Ask, model_name: impl Fn() -> Arc<str>, now: Instant) -> FlowId {
         let tenant = self.tenants.find(ask.tenant, ask.weight);
         if let Some(lane) = self.of_lane.get(&ask.lane)
             && let Some(id) = self.of_flow.get(&(tenant, *lane))
@@ -80,7 +109,7 @@ impl<W> Queue<W> {
         // The tenant may have been idle long enough to be forgotten.
         self.sweep();
         let tenant = self.tenants.find(ask.tenant, ask.weight);
-        let lane = self.lane_of(ask.lane, model_name);
+        let lane = self.lane_of(ask.lane, model_name, now);
         match self.of_flow.get(&(tenant, lane)) {
             Some(id) => *id,
             None => self.add_flow(ask.tenant, tenant, lane),
@@ -93,15 +122,14 @@ impl<W> Queue<W> {
         if full { Lane { credential: 0, ..lane } } else { lane }
     }
 
-    fn lane_of(&mut self, lane: Lane, model_name: impl Fn() -> Arc<str>) -> LaneId {
+    fn lane_of(&mut self, lane: Lane, model_name: impl Fn() -> Arc<str>, now: Instant) -> LaneId {
         let lane = self.lane_in_use(lane);
         if let Some(id) = self.of_lane.get(&lane) {
             return *id;
         }
-        let slots = self.rules.lane_slots.map(|slots| Measure::Concurrency(Slots::new(slots)));
-        let mode = self.rules.mode;
-        let own_slots = slots.map(|slots| self.add_limit(Limit::new(Scope::Model(model_name()), slots, mode)));
-        let state = LaneState { lane, own_slots, flows: 0 };
+        let pace = Measure::Pace(Box::new(Pace::new(self.rules.lane, now)));
+        let pace = self.add_limit(Limit::new(Scope::Model(model_name()), pace, self.rules.mode));
+        let state = LaneState { lane, pace, flows: 0 };
         let id = match self.free_lanes.pop() {
             Some(id) => {
                 self.lanes[id.0] = state;
@@ -113,14 +141,53 @@ impl<W> Queue<W> {
             }
         };
         self.of_lane.insert(lane, id);
+        self.credentials.entry(lane.credential).or_default().lanes.insert(id);
         id
     }
 
+    /// What an attempt in this flow's lane says about the quota of its credential. Where that is shared, all its lanes wait until
+    /// the one that was refused may go on, one a little after the other.
+    pub(super) fn compare_lanes(&mut self, flow: FlowId, pass: &Pass, signal: Signal, now: Instant) {
+        let id = self.flows[flow.0].lane;
+        let LaneState { lane, pace, .. } = self.lanes[id.0];
+        let Some(Shared { credential, lanes }) = self.credentials.get_mut(&lane.credential) else { return };
+        if lanes.len() < 2 {
+            return;
+        }
+        let until = match &self.limits[pace.0].measure {
+            Measure::Pace(pace) => pace.closed_until(now),
+            Measure::Requests(_) | Measure::Tokens(_) | Measure::Concurrency(_) => None,
+        };
+        match (signal, until) {
+            (Signal::Accepted, _) => credential.accepted(id.0, pass.sent_at()),
+            (Signal::Refused { .. }, Some(until)) => {
+                credential.refused(id.0, pass.sent_at(), until);
+                if credential.is_shared() {
+                    let others: Vec<LaneId> = lanes.iter().copied().filter(|other| *other != id).collect();
+                    self.close_lanes(&others, until, now);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn close_lanes(&mut self, lanes: &[LaneId], until: Instant, now: Instant) {
+        for (turn, lane) in lanes.iter().enumerate() {
+            let at = self.lanes[lane.0].pace;
+            if let Measure::Pace(pace) = &mut self.limits[at.0].measure {
+                pace.close_until(until + TURN * u32::try_from(turn.min(MOST_TURNS)).unwrap_or_default(), now);
+            }
+            if !self.limits[at.0].line.is_empty() {
+                self.opened.push(at);
+            }
+        }
+    }
+
     fn add_flow(&mut self, of: Tenant, tenant: TenantId, lane: LaneId) -> FlowId {
-        let LaneState { lane: Lane { model, .. }, own_slots, .. } = self.lanes[lane.0];
+        let LaneState { lane: Lane { model, .. }, pace, .. } = self.lanes[lane.0];
         let of_model = self.of_model.get(&model).into_iter().flatten();
         let client = if let Tenant::Named(client) = of { self.of_client.get(&client) } else { None };
-        let all = self.global.iter().chain(of_model).chain(client.into_iter().flatten()).copied().chain(own_slots);
+        let all = self.global.iter().chain(of_model).chain(client.into_iter().flatten()).copied().chain([pace]);
         let (path, observed) = all.partition(|id| self.limits[id.0].mode == Mode::Enforce);
         let flow = Flow {
             tenant,
@@ -168,8 +235,15 @@ impl<W> Queue<W> {
         let lanes = &self.lanes;
         let unused: Vec<LaneId> = self.of_lane.extract_if(|_, id| lanes[id.0].flows == 0).map(|(_, id)| id).collect();
         for id in unused {
-            self.free_limits.extend(self.lanes[id.0].own_slots.take());
+            let LaneState { lane, pace, .. } = self.lanes[id.0];
+            self.free_limits.push(pace);
             self.free_lanes.push(id);
+            if let Some(shared) = self.credentials.get_mut(&lane.credential) {
+                shared.lanes.remove(&id);
+                if shared.lanes.is_empty() {
+                    self.credentials.remove(&lane.credential);
+                }
+            }
         }
         let forgotten = self.tenants.forget_idle();
         for (tenant, lines) in &forgotten {
@@ -182,11 +256,19 @@ impl<W> Queue<W> {
         self.flows_before_sweep = MAX_IDLE.max(2 * self.of_flow.len());
     }
 
+    fn cooldown(&self, pace: LimitId, now: Instant) -> Duration {
+        match &self.limits[pace.0].measure {
+            Measure::Pace(pace) => pace.cooldown(now),
+            Measure::Requests(_) | Measure::Tokens(_) | Measure::Concurrency(_) => Duration::ZERO,
+        }
+    }
+
     fn tightest_slots(&self, flow: &Flow<W>) -> Option<u32> {
         let limits = flow.path.iter().chain(&flow.observed).map(|id| &self.limits[id.0]);
         let of_everyone = limits.filter(|limit| !matches!(limit.scope, Scope::Client(_)));
         let numbers = of_everyone.filter_map(|limit| match &limit.measure {
             Measure::Concurrency(slots) => Some(slots.limit()),
+            Measure::Pace(pace) => pace.slot_limit(),
             Measure::Requests(_) | Measure::Tokens(_) => None,
         });
         numbers.min()

@@ -10,13 +10,16 @@ use rand::{RngExt as _, SeedableRng as _};
 use super::tests::{MINUTE, World, millis};
 use super::*;
 use crate::admission::bucket::Bucket;
+use crate::admission::pace::Signal;
 use crate::admission::slots::Slots;
 use crate::clients::Clients;
 use crate::config::{Config, Rate};
+use crate::openai::headers::Quota;
 
 const CLIENTS: &str = "[clients.a]\nkey = \"ka\"\n[clients.b]\nkey = \"kb\"\n[clients.c]\nkey = \"kc\"\n";
 const MODELS: [&str; 3] = ["a", "b", "c"];
 const LONG: Duration = Duration::from_secs(3600);
+const DAY: Duration = Duration::from_secs(86_400);
 
 /// What a request asked for, to ask again with.
 #[derive(Clone, Copy)]
@@ -28,25 +31,50 @@ struct Facts {
     again: bool,
 }
 
+/// What a gateway mostly answers.
+#[derive(Clone, Copy)]
+enum Temper {
+    Kind,
+    Strict,
+    Broken,
+    Moody,
+}
+
+/// What it tells of its quotas.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Telling {
+    Nothing,
+    Sense,
+    Nonsense,
+}
+
+const TEMPERS: [Temper; 4] = [Temper::Kind, Temper::Strict, Temper::Broken, Temper::Moody];
+
 /// A world with random limits in which random things happen.
 struct History {
     rng: SmallRng,
     world: World,
     tenants: Vec<(Tenant, Weight)>,
     facts: BTreeMap<u64, Facts>,
+    /// Requests under way of which the gateway has been heard.
+    heard: BTreeSet<u64>,
     /// Requests that were let through and have ended: they may be retried.
     ended: Vec<u64>,
+    temper: Temper,
+    telling: Telling,
     largest: u64,
 }
 
 impl History {
-    fn new(seed: u64) -> Self {
+    fn new(seed: u64, telling: Telling) -> Self {
         let mut rng = SmallRng::seed_from_u64(seed);
         let start = Instant::now();
         let global = if rng.random_bool(0.5) { measures(&mut rng, start) } else { Vec::new() };
         let mut world = World::of(global, start);
         world.queue.rules.max_waiting = [3, 20, 100_000][rng.random_range(0..3)];
-        world.queue.rules.lane_slots = rng.random_bool(0.3).then(|| rng.random_range(1..5));
+        // What a lane learns may be only observed.
+        world.queue.rules.mode = mode(&mut rng);
+        world.queue.rules.lane = lane_rules(&mut rng);
         for model in MODELS {
             let (id, mode) = (world.models.find(model), mode(&mut rng));
             let measures = measures(&mut rng, start);
@@ -64,14 +92,17 @@ impl History {
         let tenants = tenants.into_iter().map(|tenant| (tenant, weight())).collect();
         // Now and then so large that laggards are set forward.
         let largest = [200, 2000, 400_000][rng.random_range(0..3)];
-        Self { rng, world, tenants, facts: BTreeMap::new(), ended: Vec::new(), largest }
+        let temper = TEMPERS[rng.random_range(0..4)];
+        let (facts, heard, ended) = (BTreeMap::new(), BTreeSet::new(), Vec::new());
+        Self { rng, world, tenants, facts, heard, ended, temper, telling, largest }
     }
 
     fn step(&mut self) {
         match self.rng.random_range(0..100) {
-            0..35 => self.arrive(),
-            35..40 => self.retry(),
-            40..60 => self.settle(),
+            0..30 => self.arrive(),
+            30..34 => self.retry(),
+            34..44 => self.hear(),
+            44..60 => self.settle(),
             60..63 => self.charge_again(),
             63..70 => self.leave(),
             70..75 => self.expire(),
@@ -100,10 +131,11 @@ impl History {
     }
 
     fn late(&mut self) {
-        match self.rng.random_range(0..4) {
+        match self.rng.random_range(0..5) {
             0 => self.arrive(),
             1 => self.settle(),
             2 => self.leave(),
+            3 => self.hear(),
             _ => {}
         }
         // There may have been nothing to settle, or nobody to leave.
@@ -138,6 +170,30 @@ impl History {
         self.world.ask(request, model, max_wait, again);
     }
 
+    /// The gateway answers somebody, or fails, which is heard once of each; the answer itself goes on for a while.
+    fn hear(&mut self) {
+        let unheard: BTreeSet<u64> =
+            self.world.grants.keys().filter(|request| !self.heard.contains(request)).copied().collect();
+        let Some(request) = pick(&mut self.rng, unheard.iter()) else { return };
+        if self.rng.random_bool(0.05) {
+            // Its gateway has changed its mind.
+            self.temper = TEMPERS[self.rng.random_range(0..4)];
+        }
+        let heard = Heard {
+            signal: signal(&mut self.rng, self.temper),
+            requests: quota(&mut self.rng, self.telling),
+            tokens: quota(&mut self.rng, self.telling),
+        };
+        self.heard.insert(request);
+        let World { queue, grants, now, .. } = &mut self.world;
+        queue.hear(&grants[&request], &heard, *now);
+        self.world.pump();
+        // An error is read at once.
+        if heard.signal != Signal::Accepted && self.rng.random_bool(0.7) {
+            self.end(request, Used::Refused);
+        }
+    }
+
     fn settle(&mut self) {
         let Some(request) = pick(&mut self.rng, self.world.grants.keys()) else { return };
         let charged = self.world.grants[&request].cost().tokens();
@@ -148,6 +204,11 @@ impl History {
             3 => Used::Tokens(charged.saturating_mul(3)),
             _ => Used::Tokens(self.rng.random_range(0..=charged)),
         };
+        self.end(request, used);
+    }
+
+    fn end(&mut self, request: u64, used: Used) {
+        self.heard.remove(&request);
         self.world.settle(request, used);
         self.ended.push(request);
     }
@@ -172,6 +233,7 @@ impl History {
                 let rate = Rate { count, ..bucket.rate() }.with_burst(self.rng.random_range(1..300));
                 bucket.set_rate(rate, *now);
             }
+            Measure::Pace(_) => {}
         }
         queue.opened.push(id);
         self.world.pump();
@@ -292,6 +354,23 @@ impl History {
             assert_eq!(limit.timer, None, "nobody waits for it");
         }
         self.check_slots(at);
+        self.check_pace(at, &parked);
+    }
+
+    /// What a lane has learned holds nobody up for ever: its time will come, or somebody is under way whose end will tell.
+    fn check_pace(&self, at: LimitId, parked: &[FlowId]) {
+        let World { queue, now, .. } = &self.world;
+        let limit = &queue.limits[at.0];
+        let Measure::Pace(pace) = &limit.measure else { return };
+        assert!(parked.is_empty() || limit.timer.is_some() || pace.in_flight() > 0, "{limit}: a wake-up is lost");
+        assert!(parked.is_empty() || limit.mode == Mode::Enforce, "who only observes holds nobody up");
+        if let Some(timer) = limit.timer {
+            let latest = queue.rules.lane.give_up.max(DAY) + DAY;
+            assert!(timer <= *now + latest, "{limit}: closed for {:?}", timer - *now);
+        }
+        if let (Some(slots), Some((_, most))) = (pace.slot_limit(), queue.rules.lane.slots) {
+            assert!((1..=most).contains(&slots) || limit.mode == Mode::Observe, "{slots} slots of {most}");
+        }
     }
 
     /// A parked flow, and the rank of the first of its tenant's flows in line at the same limit.
@@ -337,10 +416,14 @@ impl History {
 
     fn check_slots(&self, at: LimitId) {
         let World { queue, grants, .. } = &self.world;
-        let Measure::Concurrency(slots) = &queue.limits[at.0].measure else { return };
+        let in_use = match &queue.limits[at.0].measure {
+            Measure::Concurrency(slots) => slots.in_use(),
+            Measure::Pace(pace) => pace.in_flight(),
+            Measure::Requests(_) | Measure::Tokens(_) => return,
+        };
         let holding =
             grants.values().filter(|grant| path_of(&queue.flows[grant.flow.0], grant).any(|id| id == at)).count();
-        assert_eq!(slots.in_use() as usize, holding);
+        assert_eq!(in_use as usize, holding);
     }
 }
 
@@ -365,6 +448,49 @@ fn measures(rng: &mut SmallRng, start: Instant) -> Vec<Measure> {
     measures
 }
 
+fn lane_rules(rng: &mut SmallRng) -> LaneRules {
+    let slots = match rng.random_range(0..10) {
+        0..3 => Some(rng.random_range(1..5)).map(|slots| (slots, slots)),
+        3..7 => Some((rng.random_range(1..5), rng.random_range(1..=20))),
+        _ => None,
+    };
+    let give_up = if rng.random_bool(0.5) { MINUTE } else { Duration::from_secs(rng.random_range(0..10)) };
+    LaneRules { slots, give_up }
+}
+
+fn signal(rng: &mut SmallRng, temper: Temper) -> Signal {
+    let likely = match temper {
+        Temper::Kind => 0,
+        Temper::Strict => rng.random_range(1..3),
+        Temper::Broken => 4,
+        Temper::Moody => rng.random_range(0..5),
+    };
+    let hints = [Duration::ZERO, millis(1), millis(100), millis(700), millis(700), Duration::from_secs(5), MINUTE, DAY];
+    let hint = hints[rng.random_range(0..hints.len())];
+    match if rng.random_bool(0.9) { likely } else { rng.random_range(0..5) } {
+        0 => Signal::Accepted,
+        1 => Signal::Refused { hint: None },
+        2 => Signal::Refused { hint: Some(hint) },
+        3 => Signal::Overloaded { hint },
+        _ => Signal::Failed,
+    }
+}
+
+/// What an answer tells of a quota, if anything: of 60 a minute, or something that makes no sense.
+fn quota(rng: &mut SmallRng, telling: Telling) -> Option<Quota> {
+    let [limit, remaining] = [0, 0].map(|_| [0, 1, 1000, u64::MAX][rng.random_range(0..4)]);
+    let reset = [Duration::ZERO, millis(1), MINUTE, DAY][rng.random_range(0..4)];
+    match rng.random_range(0..6) {
+        _ if telling == Telling::Nothing => None,
+        0..3 => None,
+        3 if telling == Telling::Nonsense => Some(Quota { limit, remaining, reset }),
+        _ => {
+            let remaining = rng.random_range(0..=60);
+            Some(Quota { limit: 60, remaining, reset: Duration::from_secs(60 - remaining) })
+        }
+    }
+}
+
 fn mode(rng: &mut SmallRng) -> Mode {
     if rng.random_bool(0.2) { Mode::Observe } else { Mode::Enforce }
 }
@@ -376,9 +502,18 @@ fn pick<'k>(rng: &mut SmallRng, keys: impl ExactSizeIterator<Item = &'k u64>) ->
 
 #[test]
 fn whatever_happens_the_queue_is_as_a_slow_reading_of_its_rules_says() {
+    play(&[Telling::Nothing, Telling::Sense]);
+}
+
+#[test]
+fn so_it_is_when_gateways_tell_of_quotas_that_make_no_sense() {
+    play(&[Telling::Nonsense]);
+}
+
+fn play(telling: &[Telling]) {
     let seeds = std::env::var("WEIR_MODEL_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(100);
-    for seed in 0..seeds {
-        let mut history = History::new(seed);
+    for (seed, telling) in (0..seeds).zip(telling.iter().cycle()) {
+        let mut history = History::new(seed, *telling);
         let played = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             for _ in 0..400 {
                 history.step();

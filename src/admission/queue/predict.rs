@@ -91,6 +91,10 @@ impl<W> Queue<W> {
             // There is a place in the queue when the first in line has left it.
             earliest = earliest.max(limit.expected_at(Load::one(cost.tokens()), now));
         }
+        if cause == Cause::Unavailable {
+            // Whoever comes before the next probe is refused again.
+            earliest = earliest.max(limit.expected_at(Load::default(), now));
+        }
         let back = limit.promise(tenant, earliest, takes, now);
         Refusal {
             cause,

@@ -6,6 +6,7 @@ use rand::{RngExt, SeedableRng};
 use super::flows::MAX_LANES;
 use super::*;
 use crate::admission::bucket::Bucket;
+use crate::admission::pace::Signal;
 use crate::admission::slots::Slots;
 use crate::config::Rate;
 use crate::models::Models;
@@ -44,7 +45,8 @@ impl World {
     }
 
     pub(super) fn of(global: Vec<Measure>, start: Instant) -> Self {
-        let rules = Rules { max_waiting: 100_000, lane_slots: None, mode: Mode::Enforce };
+        let lane = LaneRules { slots: None, give_up: MINUTE };
+        let rules = Rules { max_waiting: 100_000, lane, mode: Mode::Enforce };
         Self {
             queue: Queue::new(rules, global),
             tenant: Tenant::Shared,
@@ -133,6 +135,10 @@ impl World {
         self.queue.pump(self.now, |request, grant| granted.push((request, grant)));
         for (request, grant) in granted {
             self.admit(request, grant);
+        }
+        for (request, refusal) in self.queue.turned_away() {
+            assert!(self.tickets.remove(&request).is_some(), "only who waits is turned away");
+            self.refused.insert(request, refusal);
         }
         assert!(self.queue.next_timer().is_none_or(|next| next > self.now), "what is due has been done");
     }
@@ -328,7 +334,7 @@ fn closing_hands_out_everyone_and_refuses_newcomers() {
 #[test]
 fn lanes_are_bounded_and_idle_ones_are_forgotten_first() {
     let mut world = World::new(None, None);
-    world.queue.rules.lane_slots = Some(1);
+    world.queue.rules.lane.slots = Some((1, 1));
     let model = world.models.find("a");
     let ask = |credential: u64, queue: &mut Queue<u64>| {
         let ask = Ask {
@@ -438,4 +444,57 @@ fn room_that_was_offered_and_not_used_is_offered_to_whoever_is_first_then() {
     world.now += millis(1000);
     world.finish(busy);
     assert_eq!(world.grants.len(), 3, "the first, and one more for each limit: {waiters:?}");
+}
+
+/// Lanes that give a gateway up after two seconds of trouble, and five requests that have failed in the first.
+fn in_trouble(mode: Mode) -> World {
+    let mut world = World::new(None, None).with_model("a", None, Some(6));
+    world.queue.rules.mode = mode;
+    world.queue.rules.lane.give_up = Duration::from_secs(2);
+    for _ in 0..5 {
+        let request = world.arrive("a");
+        world.now += millis(50);
+        world.ends(request, Signal::Failed);
+    }
+    world
+}
+
+impl World {
+    fn ends(&mut self, request: u64, signal: Signal) {
+        let heard = Heard { signal, requests: None, tokens: None };
+        self.queue.hear(&self.grants[&request], &heard, self.now);
+        self.settle(request, Used::Refused);
+    }
+}
+
+#[test]
+fn once_a_gateway_is_given_up_who_waits_is_turned_away_and_newcomers_are_refused() {
+    let mut world = in_trouble(Mode::Enforce);
+    let [probe, waiting] = [(); 2].map(|()| world.arrive("a"));
+    world.pass(Duration::from_secs(1));
+    assert_eq!((world.grants.contains_key(&probe), world.tickets.contains_key(&waiting)), (true, true));
+    world.ends(probe, Signal::Failed);
+    world.pass(millis(900));
+    let newcomer = world.arrive("a");
+    for refused in [waiting, newcomer] {
+        assert_eq!(world.refused[&refused].cause, Cause::Unavailable);
+    }
+    let other = world.arrive("b");
+    assert!(world.grants.contains_key(&other), "another lane is another gateway");
+    // Whoever comes when the next probe is due is that.
+    world.pass(world.refused[&newcomer].retry_after);
+    let probe = world.arrive("a");
+    world.ends(probe, Signal::Accepted);
+    let after = world.arrive("a");
+    assert!(world.grants.contains_key(&after), "it is back");
+}
+
+#[test]
+fn a_lane_that_only_observes_turns_nobody_away() {
+    let mut world = in_trouble(Mode::Observe);
+    world.pass(Duration::from_secs(3));
+    (0..6).for_each(|_| _ = world.arrive("a"));
+    assert_eq!(world.grants.len(), 6, "nobody is held up by what is observed");
+    let held_up = world.arrive("a");
+    assert!(!world.refused.contains_key(&held_up), "it waits for a slot: {:?}", world.refused.get(&held_up));
 }

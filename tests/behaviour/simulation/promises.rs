@@ -13,7 +13,7 @@ use super::{CLIENTS, REQUESTS_PER_CLIENT, Story};
 const REQUESTS: usize = CLIENTS * REQUESTS_PER_CLIENT;
 
 /// The slots of a lane where concurrency is adaptive.
-const LANE_SLOTS: usize = 10;
+const LANE_SLOTS: usize = 1000;
 
 /// As many retries as are always allowed within ten seconds.
 const BUDGET_FLOOR: f64 = 10.0;
