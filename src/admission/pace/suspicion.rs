@@ -19,7 +19,7 @@ const APART: u32 = 30;
 const MARGIN: f64 = 0.125;
 
 /// More refusals within what was found to be a cap, not too far apart, and it is none: it would be found to be lower once or twice.
-const INSIDE: f64 = 2.0;
+const INSIDE: f64 = 1.0;
 const LONG_APART: u32 = 300;
 
 /// The most that were under way of late is remembered for so long, and half as long at least.
