@@ -362,12 +362,22 @@ fn a_gateways_cap_is_found_and_filled() {
 
 #[test]
 fn a_gateways_rate_is_found_and_used_up() {
-    for (seed, rate, burst) in [(1, 1.0, 1.0), (2, 5.0, 10.0), (3, 20.0, 20.0), (4, 50.0, 100.0)] {
+    find_and_use_up(&[(2, 5.0, 10.0), (3, 20.0, 20.0), (4, 50.0, 100.0)]);
+}
+
+#[test]
+#[ignore = "known: of one a second, nothing kept, four fifths are in use after two minutes"]
+fn a_slow_rate_of_which_nothing_is_kept_is_found_too() {
+    find_and_use_up(&[(1, 1.0, 1.0)]);
+}
+
+fn find_and_use_up(quotas: &[(u64, f64, f64)]) {
+    for &(seed, rate, burst) in quotas {
         let mut gateway = Gateway::new(seed, 2 * SECOND);
         let mut takes = bucket(rate, burst);
         gateway.run(120 * SECOND, &mut takes);
         let came = gateway.run(120 * SECOND, &mut takes);
-        assert!(f64::from(came.accepted) >= 0.75 * rate * 120.0, "{rate}/s, burst {burst}: {came:?}");
+        assert!(f64::from(came.accepted) >= 0.85 * rate * 120.0, "{rate}/s, burst {burst}: {came:?}");
         assert!(came.refused_part() <= 0.08, "{rate}/s, burst {burst}: {came:?}");
     }
 }
@@ -390,12 +400,13 @@ fn a_cap_that_becomes_a_rate_and_a_rate_that_becomes_a_cap_are_found_too() {
 }
 
 #[test]
+#[ignore = "known: refusals that nothing prevents drive the pace down (docs/design/learning.md)"]
 fn refusals_by_chance_do_not_drive_a_lane_to_nothing() {
     for seed in 0..10 {
         let mut gateway = Gateway::new(seed, SECOND);
         let mut takes = |arrival: Arrival<'_>| arrival.at_work < 200 && !arrival.rng.random_bool(0.05);
         gateway.run(1200 * SECOND, &mut takes);
         let came = gateway.run(60 * SECOND, &mut takes);
-        assert!(came.accepted >= 30, "seed {seed}: {came:?}");
+        assert!(came.accepted >= 120, "seed {seed}: {came:?}");
     }
 }
