@@ -93,7 +93,7 @@ impl Proxy {
         let (by_client, patience) = (headers::client_retries(&head.headers), headers::client_patience(&head.headers));
         let key = config.upstream.api_key.as_ref();
         fields::to_upstream(&mut head, &self.shared.host, &self.shared.via, key, endpoint.is_some());
-        let outgoing = Outgoing { method: head.method, uri: target, headers: head.headers };
+        let outgoing = Outgoing::new(head.method, &target, &head.headers);
         let size = endpoint.map(|endpoint| size_of(endpoint, &peek));
         let may_be_asked = || self.shared.usage_option.may_be_asked(model, Instant::now());
         let usage = match (endpoint, peek.usage) {
@@ -201,7 +201,7 @@ impl Call {
 
     /// Whether sending it twice does no harm: a metered call only costs more, an idempotent method is meant for it.
     pub(super) fn is_repeatable(&self) -> bool {
-        self.endpoint.is_some() || self.outgoing.method.is_idempotent()
+        self.endpoint.is_some() || self.outgoing.method().is_idempotent()
     }
 }
 

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use crate::openai::envelope;
 use crate::openai::preamble::is_preamble;
 use crate::openai::sse::{Event, Scanner};
-use crate::upstream::AnswerBody;
+use crate::upstream::{AnswerBody, WireError};
 
 /// A stream that brings more than this before its first output goes on without having been judged.
 const MAX_HELD: usize = 256 << 10;
@@ -42,7 +42,7 @@ pub enum Beginning {
     /// Neither: it has ended in good order before.
     Nothing,
     /// The connection broke before there was either.
-    Broken(hyper::Error),
+    Broken(WireError),
 }
 
 /// What came of reading an error's body.
@@ -51,7 +51,7 @@ pub enum WholeError {
     Whole(Vec<u8>),
     /// It is longer than weir holds, or takes longer.
     TooLong,
-    Broken(hyper::Error),
+    Broken(WireError),
 }
 
 impl Opening {

@@ -19,9 +19,9 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use tower::util::BoxCloneSyncService;
 
 /// Bytes in both directions.
-pub trait Transport: AsyncRead + AsyncWrite + Send + Unpin {}
+pub trait Transport: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
 
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Transport for T {}
+impl<T: AsyncRead + AsyncWrite + Send + Sync + Unpin> Transport for T {}
 
 /// A connection, whatever it is made of.
 pub type Io = Box<dyn Transport>;

@@ -1,12 +1,16 @@
 //! One attempt on the wire: a connection from the pool or a new one, the request out, the answer's head in.
 //!
-//! HTTP/1.1 on hyper's connection API. Dropping [`Upstream::send`]'s future or an answer's body before its end closes the
-//! connection, which is how HTTP/1 cancels a request; a body read to its end gives the connection back to the pool.
+//! HTTP/1.1, written and read by the request's own task (`wire`). Dropping [`Upstream::send`]'s future or an answer's body
+//! before its end closes the connection, which is how HTTP/1 cancels a request; a body read to its end gives the connection
+//! back to the pool.
 
+pub mod chunked;
 pub mod connect;
+pub mod head;
+mod outbox;
 mod pool;
+mod wire;
 
-use std::error::Error as _;
 use std::fmt;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -14,19 +18,19 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, Uri, header, response};
+use http::{Uri, response};
 use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
-use hyper::client::conn::http1;
-use hyper_util::rt::TokioIo;
 use tokio::time::Instant;
 use tower::{Service as _, ServiceExt as _};
 
 use crate::config::{Config, UpstreamUrl};
 use connect::{ConnectError, Connector};
 use pool::{MaxIdle, Pool};
+use wire::{Reader, Wire};
 
+pub use head::Outgoing;
 pub use pool::{Connection, ConnectionCounts};
+pub use wire::WireError;
 
 /// A pooled connection that breaks sooner than this after it was written to had been closed already; one that breaks later
 /// had the gateway at work on the request.
@@ -40,14 +44,6 @@ pub struct Upstream {
     origin: Uri,
     connect_timeout: Duration,
     pool: Arc<Pool>,
-}
-
-/// What is sent: the same for every attempt, so that one costs no more than a copy of the head.
-#[derive(Debug)]
-pub struct Outgoing {
-    pub method: Method,
-    pub uri: Uri,
-    pub headers: HeaderMap,
 }
 
 /// A request's body.
@@ -69,7 +65,8 @@ pub struct Exchange {
 /// The body of an answer. Read to its end, it gives its connection back to the pool; dropped before, it closes it.
 #[derive(Debug)]
 pub struct AnswerBody {
-    incoming: Incoming,
+    reader: Reader,
+    /// Until the end was read, or it broke.
     connection: Option<Connection>,
     pool: Arc<Pool>,
 }
@@ -84,11 +81,11 @@ pub enum SendError {
     /// The pooled connection was closed before anything was written; here is the body back.
     Unsent(Payload),
     /// The pooled connection broke before the first byte of an answer: the gateway had most likely closed it already.
-    Stale(hyper::Error),
+    Stale(WireError),
     /// The connection broke before an answer.
-    Broken(hyper::Error),
+    Broken(WireError),
     /// What came is not HTTP.
-    InvalidResponse(hyper::Error),
+    InvalidResponse(WireError),
 }
 
 impl Upstream {
@@ -130,14 +127,16 @@ impl Upstream {
         payload: Payload,
     ) -> Result<Exchange, SendError> {
         let written_at = Instant::now();
-        match connection.sender.try_send_request(outgoing.request(payload)).await {
-            Ok(response) => Ok(self.exchange(response, connection)),
-            Err(mut error) => Err(match error.take_message() {
-                Some(unsent) => SendError::Unsent(unsent.into_body()),
-                None if connection.reused && written_at.elapsed() < STALE_WITHIN && is_stale(error.error()) => {
-                    SendError::Stale(error.into_error())
+        match connection.wire.exchange(outgoing, payload).await {
+            Ok((head, reader)) => Ok(self.answered(head, reader, connection)),
+            Err(unanswered) => Err(match (unanswered.error, unanswered.unsent) {
+                (error @ WireError::Upload(_), _) => SendError::Broken(error),
+                (_, Some(unsent)) => SendError::Unsent(unsent),
+                (error @ WireError::Malformed(_), _) => SendError::InvalidResponse(error),
+                (error, None) if connection.reused && unanswered.silent && written_at.elapsed() < STALE_WITHIN => {
+                    SendError::Stale(error)
                 }
-                None => SendError::from_hyper(error.into_error()),
+                (error, None) => SendError::Broken(error),
             }),
         }
     }
@@ -145,37 +144,20 @@ impl Upstream {
     async fn connect(&self) -> Result<Connection, SendError> {
         let connecting = async {
             let mut connector = self.connector.clone();
-            let io = connector.ready().await.map_err(SendError::Connect)?.call(self.origin.clone());
-            let io = io.await.map_err(SendError::Connect)?;
-            http1::handshake(TokioIo::new(io)).await.map_err(SendError::Broken)
+            connector.ready().await?.call(self.origin.clone()).await
         };
-        let handshaken = tokio::time::timeout(self.connect_timeout, connecting).await;
-        let (sender, driver) = handshaken.map_err(|_| SendError::ConnectTimeout(self.connect_timeout))??;
-        Ok(self.pool.adopt(sender, driver))
+        let connected = tokio::time::timeout(self.connect_timeout, connecting).await;
+        let io = connected.map_err(|_| SendError::ConnectTimeout(self.connect_timeout))?.map_err(SendError::Connect)?;
+        Ok(self.pool.adopt(Wire::new(io)))
     }
 
-    fn exchange(&self, response: Response<Incoming>, connection: Connection) -> Exchange {
-        let (head, incoming) = response.into_parts();
-        let mut body = AnswerBody { incoming, connection: Some(connection), pool: self.pool.clone() };
+    fn answered(&self, head: response::Parts, reader: Reader, connection: Connection) -> Exchange {
+        let mut body = AnswerBody { reader, connection: Some(connection), pool: self.pool.clone() };
         // Without a body there is no end to be read.
-        if body.incoming.is_end_stream() {
+        if body.reader.is_done() {
             body.give_connection_back();
         }
         Exchange { head, body }
-    }
-}
-
-impl Outgoing {
-    fn request(&self, payload: Payload) -> Request<Payload> {
-        let mut request = Request::new(payload);
-        *request.method_mut() = self.method.clone();
-        *request.uri_mut() = self.uri.clone();
-        *request.headers_mut() = self.headers.clone();
-        // hyper leaves it out, and some servers answer 411 then (RFC 9110, 8.6).
-        if request.body().is_end_stream() && matches!(self.method, Method::POST | Method::PUT | Method::PATCH) {
-            request.headers_mut().insert(header::CONTENT_LENGTH, HeaderValue::from(0));
-        }
-        request
     }
 }
 
@@ -193,35 +175,25 @@ pub fn target(base: &UpstreamUrl, below_v1: &str, query: Option<&str>) -> Option
     Uri::try_from(target).ok()
 }
 
-/// Whether a reused connection was closed by the other side before it saw the request.
-fn is_stale(error: &hyper::Error) -> bool {
-    let reset = |error: &std::io::Error| {
-        use std::io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected};
-        matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected)
-    };
-    error.is_incomplete_message()
-        || error.is_canceled()
-        || error.source().and_then(|cause| cause.downcast_ref()).is_some_and(reset)
-}
-
 impl AnswerBody {
     /// Whether all of it was read.
     pub fn is_end_stream(&self) -> bool {
-        self.incoming.is_end_stream()
+        self.reader.is_done()
     }
 
     /// How much is to come, where the head said so.
     pub fn size_hint(&self) -> SizeHint {
-        self.incoming.size_hint()
+        self.reader.size_hint()
     }
 
     /// The next piece; `None` behind the last.
-    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let frame = ready!(Pin::new(&mut self.incoming).poll_frame(cx));
+    pub fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, WireError>>> {
+        let Some(connection) = &mut self.connection else { return Poll::Ready(None) };
+        let frame = ready!(self.reader.poll_frame(&mut connection.wire, cx));
         match &frame {
             Some(Err(_)) => drop(self.connection.take()),
-            // hyper's reader does not have to be asked again once the declared length is met.
-            _ if frame.is_none() || self.incoming.is_end_stream() => self.give_connection_back(),
+            // Whoever reads need not ask again once the end was read.
+            _ if self.reader.is_done() => self.give_connection_back(),
             Some(Ok(_)) | None => {}
         }
         Poll::Ready(frame)
@@ -231,7 +203,7 @@ impl AnswerBody {
     ///
     /// # Errors
     /// The connection broke.
-    pub async fn data(&mut self) -> Option<Result<Bytes, hyper::Error>> {
+    pub async fn data(&mut self) -> Option<Result<Bytes, WireError>> {
         loop {
             match std::future::poll_fn(|cx| self.poll_frame(cx)).await? {
                 Ok(frame) => match frame.into_data() {
@@ -250,28 +222,13 @@ impl AnswerBody {
     }
 }
 
-impl SendError {
-    fn from_hyper(error: hyper::Error) -> Self {
-        if error.is_parse() { Self::InvalidResponse(error) } else { Self::Broken(error) }
-    }
-}
-
 impl fmt::Display for SendError {
-    /// The whole chain of causes: the outermost alone says little.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Connect(error) => write!(f, "{error}"),
             Self::ConnectTimeout(after) => write!(f, "no connection within {} ms", after.as_millis()),
             Self::Unsent(_) => f.write_str("the connection was closed before anything was written"),
-            Self::Stale(error) | Self::Broken(error) | Self::InvalidResponse(error) => {
-                write!(f, "{error}")?;
-                let mut cause = error.source();
-                while let Some(error) = cause {
-                    write!(f, ": {error}")?;
-                    cause = error.source();
-                }
-                Ok(())
-            }
+            Self::Stale(error) | Self::Broken(error) | Self::InvalidResponse(error) => write!(f, "{error}"),
         }
     }
 }

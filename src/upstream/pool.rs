@@ -6,13 +6,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use hyper::client::conn::http1::{self, SendRequest};
-use hyper_util::rt::TokioIo;
 use rand::RngExt;
 use tokio::time::Instant;
 
-use super::Payload;
-use super::connect::Io;
+use super::wire::Wire;
 
 /// An idle connection is closed after this, if the gateway has not done so.
 const MAX_IDLE: Duration = Duration::from_secs(60);
@@ -23,6 +20,9 @@ const MAX_IDLE_ONCE: Duration = Duration::from_secs(4);
 
 /// A connection is not used any more after this (and up to a fifth less), so that a change of the gateway's address is seen.
 const MAX_AGE: Duration = Duration::from_secs(300);
+
+/// How often idle connections are looked at, so that those which the gateway has closed do not linger.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long a connection may have been idle to be taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,10 +36,12 @@ pub enum MaxIdle {
 /// A connection to the gateway, of one pool or another.
 #[derive(Debug)]
 pub struct Connection {
-    pub sender: SendRequest<Payload>,
+    pub wire: Wire,
     /// It has carried a request before.
     pub reused: bool,
     retires: Instant,
+    #[expect(dead_code, reason = "it is there to be dropped")]
+    open: Open,
     /// While it is not in the pool.
     #[expect(dead_code, reason = "it is there to be dropped")]
     active: Option<Active>,
@@ -66,6 +68,23 @@ impl Active {
 impl Drop for Active {
     fn drop(&mut self) {
         self.0.active.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Counts a connection among those that are open, until dropped.
+#[derive(Debug)]
+struct Open(Arc<ConnectionCounts>);
+
+impl Open {
+    fn new(counts: &Arc<ConnectionCounts>) -> Self {
+        counts.open.fetch_add(1, Ordering::Relaxed);
+        Self(Arc::clone(counts))
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -105,32 +124,27 @@ impl Pool {
         let now = Instant::now();
         let longest = if max_idle == MaxIdle::Once { MAX_IDLE_ONCE } else { MAX_IDLE };
         let mut idle = self.lock();
-        let usable = |(since, connection): &(Instant, Connection)| {
-            connection.sender.is_ready() && now < connection.retires && now - *since < longest
+        let usable = |(since, connection): &mut (Instant, Connection)| {
+            now < connection.retires && now - *since < longest && connection.wire.is_quiet()
         };
         // The newest is usable as a rule; what is passed over is left to the sweep.
-        let taken = idle.connections.iter().rposition(usable).map(|at| idle.connections.remove(at).1);
-        taken.map(|connection| Connection { active: Some(Active::new(&self.counts)), ..connection })
+        let at = idle.connections.iter_mut().rposition(usable)?;
+        let (_, connection) = idle.connections.remove(at);
+        Some(Connection { active: Some(Active::new(&self.counts)), ..connection })
     }
 
-    /// Takes in a new connection, whose driver runs until it is closed.
-    pub fn adopt(&self, sender: SendRequest<Payload>, driver: http1::Connection<TokioIo<Io>, Payload>) -> Connection {
-        self.counts.open.fetch_add(1, Ordering::Relaxed);
-        let counts = Arc::clone(&self.counts);
-        tokio::spawn(async move {
-            // How it ended is told to whoever waits for an answer on it.
-            let _ = driver.await;
-            counts.open.fetch_sub(1, Ordering::Relaxed);
-        });
+    /// Takes in a new connection.
+    pub fn adopt(&self, wire: Wire) -> Connection {
         let age = MAX_AGE - MAX_AGE.mul_f64(rand::rng().random_range(0.0..0.2));
-        Connection { sender, reused: false, retires: Instant::now() + age, active: Some(Active::new(&self.counts)) }
+        let (open, active) = (Open::new(&self.counts), Some(Active::new(&self.counts)));
+        Connection { wire, reused: false, retires: Instant::now() + age, open, active }
     }
 
     /// Takes a connection back whose answer was read to its end.
     pub fn give_back(&self, connection: Connection) {
         let connection = Connection { reused: true, active: None, ..connection };
         let now = Instant::now();
-        if connection.sender.is_closed() || now >= connection.retires {
+        if !connection.wire.may_be_reused() || now >= connection.retires {
             return;
         }
         let mut idle = self.lock();
@@ -140,16 +154,15 @@ impl Pool {
         }
     }
 
-    /// Closes what has been idle for too long, and says when to look again; `None` when nothing is idle.
-    fn close_old(&self) -> Option<Instant> {
+    /// Closes what has been idle for too long, or was closed by the gateway; `false` when nothing is idle any more.
+    fn close_old(&self) -> bool {
         let now = Instant::now();
         let mut idle = self.lock();
-        idle.connections.retain(|(since, connection)| {
-            !connection.sender.is_closed() && now < connection.retires && now - *since < MAX_IDLE
+        idle.connections.retain_mut(|(since, connection)| {
+            now < connection.retires && now - *since < MAX_IDLE && connection.wire.is_quiet()
         });
-        let oldest = idle.connections.iter().map(|(since, _)| *since).min();
-        idle.swept = oldest.is_some();
-        oldest.map(|since| since + MAX_IDLE)
+        idle.swept = !idle.connections.is_empty();
+        idle.swept
     }
 
     fn lock(&self) -> MutexGuard<'_, IdleList> {
@@ -159,9 +172,10 @@ impl Pool {
 
 /// Closes old connections for as long as there are idle ones: an idle weir runs no timer.
 async fn sweep(pool: Weak<Pool>) {
-    let mut next = Some(Instant::now() + MAX_IDLE);
-    while let Some(at) = next {
-        tokio::time::sleep_until(at).await;
-        next = pool.upgrade().and_then(|pool| pool.close_old());
+    loop {
+        tokio::time::sleep(SWEEP_INTERVAL).await;
+        if !pool.upgrade().is_some_and(|pool| pool.close_old()) {
+            return;
+        }
     }
 }
