@@ -204,7 +204,7 @@ impl Failure {
         if let Some(word) = row.refused_by {
             let who = self.scope.as_ref().map_or(word.to_owned(), |scope| format!("{word}; {scope}"));
             if let Ok(value) = HeaderValue::from_str(&who) {
-                fields.insert(headers::WEIR_REFUSED_BY, value);
+                fields.insert(&headers::WEIR_REFUSED_BY, value);
             }
         }
         response
@@ -216,7 +216,7 @@ impl Failure {
         let millis = wait.as_micros().div_ceil(1000);
         let seconds = millis.div_ceil(1000);
         fields.insert(header::RETRY_AFTER, HeaderValue::from(u64::try_from(seconds).unwrap_or(u64::MAX)));
-        fields.insert(headers::RETRY_AFTER_MS, HeaderValue::from(u64::try_from(millis).unwrap_or(u64::MAX)));
+        fields.insert(&headers::RETRY_AFTER_MS, HeaderValue::from(u64::try_from(millis).unwrap_or(u64::MAX)));
         if wait > LONGEST_SDK_SLEEP {
             no_retry(fields);
         }
@@ -233,7 +233,7 @@ impl std::error::Error for Failure {}
 
 /// Tells the SDKs that weir has retried for them already: without it their retries would multiply weir's.
 pub fn no_retry(fields: &mut http::HeaderMap) {
-    fields.insert(headers::SHOULD_RETRY, HeaderValue::from_static("false"));
+    fields.insert(&headers::SHOULD_RETRY, HeaderValue::from_static("false"));
 }
 
 #[cfg(test)]

@@ -99,8 +99,8 @@ impl Ledger {
     }
 
     /// Time that the gateway took so far, all attempts together.
-    pub fn upstream_time(&self) -> Duration {
-        self.upstream + self.attempt_elapsed()
+    pub fn upstream_time(&self, now: Instant) -> Duration {
+        self.upstream + self.attempt_elapsed(now)
     }
 
     /// An attempt is being sent.
@@ -128,15 +128,15 @@ impl Ledger {
     }
 
     /// How long the attempt under way has taken so far.
-    pub fn attempt_elapsed(&self) -> Duration {
-        self.attempt.as_ref().map_or(Duration::ZERO, |attempt| attempt.began.elapsed())
+    pub fn attempt_elapsed(&self, now: Instant) -> Duration {
+        self.attempt.as_ref().map_or(Duration::ZERO, |attempt| now.saturating_duration_since(attempt.began))
     }
 
     /// The answer begins to go to the client: from here on nothing is retried.
-    pub fn answer_begins(&mut self) {
+    pub fn answer_begins(&mut self, now: Instant) {
         self.phase = Phase::Stream;
-        let others = self.queued + self.elsewhere + self.upstream_time();
-        self.metrics.overhead(self.arrived.elapsed().saturating_sub(others));
+        let others = self.queued + self.elsewhere + self.upstream_time(now);
+        self.metrics.overhead((now - self.arrived).saturating_sub(others));
     }
 
     /// A stream's first output has come.

@@ -2,29 +2,35 @@
 
 use std::time::{Duration, SystemTime};
 
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue, header};
 
-pub const RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
-pub const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
-pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-pub const RESPONSE_TIME: HeaderName = HeaderName::from_static("x-response-time");
-pub const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
-pub const WEIR_ATTEMPTS: HeaderName = HeaderName::from_static("x-weir-attempts");
-pub const WEIR_REFUSED_BY: HeaderName = HeaderName::from_static("x-weir-refused-by");
+pub static RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
+pub static SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+pub static REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub static RESPONSE_TIME: HeaderName = HeaderName::from_static("x-response-time");
+pub static SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
+pub static WEIR_ATTEMPTS: HeaderName = HeaderName::from_static("x-weir-attempts");
+pub static WEIR_REFUSED_BY: HeaderName = HeaderName::from_static("x-weir-refused-by");
 
 /// `x-ratelimit-{limit,remaining,reset}-requests`.
-const REQUESTS: [HeaderName; 3] = [
+static REQUESTS: [HeaderName; 3] = [
     HeaderName::from_static("x-ratelimit-limit-requests"),
     HeaderName::from_static("x-ratelimit-remaining-requests"),
     HeaderName::from_static("x-ratelimit-reset-requests"),
 ];
 
 /// `x-ratelimit-{limit,remaining,reset}-tokens`.
-const TOKENS: [HeaderName; 3] = [
+static TOKENS: [HeaderName; 3] = [
     HeaderName::from_static("x-ratelimit-limit-tokens"),
     HeaderName::from_static("x-ratelimit-remaining-tokens"),
     HeaderName::from_static("x-ratelimit-reset-tokens"),
 ];
+
+static RETRY_COUNT: HeaderName = HeaderName::from_static("x-stainless-retry-count");
+
+/// How long the SDKs wait: Python's always, Node's where a call has a timeout.
+static SDK_TIMEOUTS: [HeaderName; 2] =
+    [HeaderName::from_static("x-stainless-read-timeout"), HeaderName::from_static("x-stainless-timeout")];
 
 /// How a quota stands, as a client is told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,10 +58,10 @@ pub fn explicit_hint(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
 /// How the gateway says that its quotas of requests and tokens stand. Values that are not positive mean nothing (some gateways
 /// send -1), and neither do those that can't be read. A quota without a time is taken to be a minute's.
 pub fn told_quotas(headers: &HeaderMap) -> [Option<Quota>; 2] {
-    [REQUESTS, TOKENS].map(|[limit, remaining, reset]| {
-        let limit: u64 = text(headers, limit.as_str())?.parse().ok().filter(|limit| *limit > 0)?;
-        let remaining: u64 = text(headers, remaining.as_str())?.parse().ok()?;
-        let told = text(headers, reset.as_str()).and_then(|told| go_duration(told).or_else(|| seconds(told)));
+    [&REQUESTS, &TOKENS].map(|[limit, remaining, reset]| {
+        let limit: u64 = text(headers, limit)?.parse().ok().filter(|limit| *limit > 0)?;
+        let remaining: u64 = text(headers, remaining)?.parse().ok()?;
+        let told = text(headers, reset).and_then(|told| go_duration(told).or_else(|| seconds(told)));
         let lacking = limit.saturating_sub(remaining) as f64 / limit as f64;
         let reset = told.unwrap_or_else(|| Duration::from_secs(60).mul_f64(lacking)).min(LONGEST_HINT);
         Some(Quota { limit, remaining, reset })
@@ -64,7 +70,7 @@ pub fn told_quotas(headers: &HeaderMap) -> [Option<Quota>; 2] {
 
 /// The gateway's `x-should-retry`, which overrides what the status says.
 pub fn should_retry(headers: &HeaderMap) -> Option<bool> {
-    match text(headers, "x-should-retry")? {
+    match text(headers, &SHOULD_RETRY)? {
         "true" => Some(true),
         "false" => Some(false),
         _ => None,
@@ -73,36 +79,55 @@ pub fn should_retry(headers: &HeaderMap) -> Option<bool> {
 
 /// How many retries of its own an SDK has already spent on this request.
 pub fn client_retries(headers: &HeaderMap) -> u32 {
-    text(headers, "x-stainless-retry-count").and_then(|count| count.parse().ok()).unwrap_or(0)
+    text(headers, &RETRY_COUNT).and_then(|count| count.parse().ok()).unwrap_or(0)
 }
 
 /// How long the SDK that sent this will wait for an answer, where it says so (in seconds).
 pub fn client_patience(headers: &HeaderMap) -> Option<Duration> {
-    let told = ["x-stainless-read-timeout", "x-stainless-timeout"]
-        .into_iter()
-        .filter_map(|name| seconds(text(headers, name)?));
+    let told = SDK_TIMEOUTS.iter().filter_map(|name| seconds(text(headers, name)?));
     told.filter(|patience| !patience.is_zero()).min()
 }
 
 /// Tells how weir's quotas stand, in place of what the gateway said of its own. Of a unit that is `None` the gateway's
 /// word stays.
 pub fn tell_quota(fields: &mut HeaderMap, requests: Option<Quota>, tokens: Option<Quota>) {
-    for (names, quota) in [(REQUESTS, requests), (TOKENS, tokens)] {
+    for ([limit, remaining, reset], quota) in [(&REQUESTS, requests), (&TOKENS, tokens)] {
         let Some(quota) = quota else { continue };
-        let [limit, remaining, reset] = names;
-        fields.insert(limit, quota.limit.into());
-        fields.insert(remaining, quota.remaining.into());
-        let duration = to_go_duration(quota.reset);
-        fields.insert(reset, HeaderValue::try_from(duration).expect("digits and letters are a header's value"));
+        fields.insert(limit, number(quota.limit));
+        fields.insert(remaining, number(quota.remaining));
+        fields.insert(reset, visible(to_go_duration(quota.reset)));
     }
 }
 
+/// Tells where the time went; milliseconds, to the tenth.
+pub fn tell_timing(fields: &mut HeaderMap, queued: Duration, upstream: Duration) {
+    let mut text = String::with_capacity(48);
+    for (stage, duration) in [("queue;dur=", queued), (", upstream;dur=", upstream)] {
+        let tenths = duration.as_nanos().saturating_add(50_000) / 100_000;
+        let tenths = u64::try_from(tenths).unwrap_or(u64::MAX);
+        let mut digits = itoa::Buffer::new();
+        for part in [stage, digits.format(tenths / 10), ".", itoa::Buffer::new().format(tenths % 10)] {
+            text.push_str(part);
+        }
+    }
+    fields.append(&SERVER_TIMING, visible(text));
+}
+
+/// A number as a value.
+pub fn number(number: u64) -> HeaderValue {
+    HeaderValue::from_str(itoa::Buffer::new().format(number)).expect("digits")
+}
+
+fn visible(text: String) -> HeaderValue {
+    HeaderValue::try_from(text).expect("digits, letters and points are a header's value")
+}
+
 fn millis(headers: &HeaderMap) -> Option<Duration> {
-    seconds(text(headers, "retry-after-ms")?).map(|thousandfold| thousandfold / 1000)
+    seconds(text(headers, &RETRY_AFTER_MS)?).map(|thousandfold| thousandfold / 1000)
 }
 
 fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
-    let value = text(headers, "retry-after")?;
+    let value = text(headers, &header::RETRY_AFTER)?;
     seconds(value).or_else(|| {
         let date = httpdate::parse_http_date(value).ok()?;
         Some(date.duration_since(now).unwrap_or(Duration::ZERO))
@@ -110,12 +135,8 @@ fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
 }
 
 fn exhausted_reset(headers: &HeaderMap) -> Option<Duration> {
-    let exhausted = [
-        ("x-ratelimit-remaining-requests", "x-ratelimit-reset-requests"),
-        ("x-ratelimit-remaining-tokens", "x-ratelimit-reset-tokens"),
-    ];
-    let resets = exhausted.into_iter().filter(|(remaining, _)| text(headers, remaining) == Some("0"));
-    resets.filter_map(|(_, reset)| go_duration(text(headers, reset)?)).max()
+    let exhausted = [&REQUESTS, &TOKENS].into_iter().filter(|[_, remaining, _]| text(headers, remaining) == Some("0"));
+    exhausted.filter_map(|[_, _, reset]| go_duration(text(headers, reset)?)).max()
 }
 
 /// Reads a duration as Go prints it: `1s`, `6m0s`, `20ms`, `1h2m3.5s`.
@@ -145,8 +166,8 @@ pub fn go_duration(text: &str) -> Option<Duration> {
 /// Writes a duration as Go does, in whole milliseconds: it is rounded up, so that who waits so long has waited enough.
 fn to_go_duration(duration: Duration) -> String {
     let millis = duration.as_nanos().div_ceil(1_000_000);
-    if (1..1000).contains(&millis) {
-        return format!("{millis}ms");
+    if let Some(millis) = u16::try_from(millis).ok().filter(|millis| (1..1000).contains(millis)) {
+        return [itoa::Buffer::new().format(millis), "ms"].concat();
     }
     let (hours, minutes, seconds) = (millis / 3_600_000, millis / 60_000 % 60, millis / 1000 % 60);
     let mut text = match (hours, minutes) {
@@ -171,7 +192,7 @@ fn seconds(text: &str) -> Option<Duration> {
     Some(Duration::try_from_secs_f64(number).unwrap_or(Duration::MAX))
 }
 
-fn text<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
+fn text<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h str> {
     headers.get(name)?.to_str().ok().map(str::trim)
 }
 
@@ -281,20 +302,20 @@ mod tests {
     #[test]
     fn weirs_quota_stands_in_place_of_the_gateways_unit_by_unit() {
         let mut headers = HeaderMap::new();
-        for name in REQUESTS.into_iter().chain(TOKENS) {
-            headers.append(&name, "upstream".parse().expect("a value"));
+        for name in REQUESTS.iter().chain(&TOKENS) {
+            headers.append(name, "upstream".parse().expect("a value"));
             headers.append(name, "again".parse().expect("a value"));
         }
-        let of = |headers: &HeaderMap, names: [HeaderName; 3]| {
-            let values = names.map(|name| headers.get_all(name).iter().cloned().collect::<Vec<_>>());
+        let of = |headers: &HeaderMap, names: &[HeaderName; 3]| {
+            let values = names.each_ref().map(|name| headers.get_all(name).iter().cloned().collect::<Vec<_>>());
             values.concat().iter().map(|value| value.to_str().expect("text").to_owned()).collect::<Vec<_>>()
         };
         tell_quota(&mut headers, None, Some(Quota { limit: 5000, remaining: 0, reset: Duration::from_micros(1500) }));
-        assert_eq!(of(&headers, TOKENS), ["5000", "0", "2ms"]);
-        assert_eq!(of(&headers, REQUESTS).len(), 6, "the gateway's stay");
+        assert_eq!(of(&headers, &TOKENS), ["5000", "0", "2ms"]);
+        assert_eq!(of(&headers, &REQUESTS).len(), 6, "the gateway's stay");
         tell_quota(&mut headers, Some(Quota { limit: 10, remaining: 9, reset: Duration::from_secs(6) }), None);
-        assert_eq!(of(&headers, REQUESTS), ["10", "9", "6s"]);
-        assert_eq!(of(&headers, TOKENS), ["5000", "0", "2ms"]);
+        assert_eq!(of(&headers, &REQUESTS), ["10", "9", "6s"]);
+        assert_eq!(of(&headers, &TOKENS), ["5000", "0", "2ms"]);
     }
 
     #[test]

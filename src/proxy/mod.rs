@@ -145,7 +145,7 @@ impl Proxy {
         let mut ledger = Ledger::open(self.shared.metrics.clone(), Instant::now());
         let (head, body) = request.into_parts();
         let (version, mut asked) = (head.version, Asked { body: Some(body), applicant: None });
-        let request_id = head.headers.get(headers::REQUEST_ID).cloned();
+        let request_id = head.headers.get(&headers::REQUEST_ID).cloned();
         let metered = route::route(head.uri.path()).filter(|_| head.method == Method::POST);
         let endpoint = metered.and_then(|route| route.endpoint);
         let mut response = match self.story(head, &mut asked, peer, &mut ledger).await {
@@ -301,7 +301,7 @@ impl Proxy {
             (known, _) => known,
         };
         ledger.set_model(model);
-        gate.learn_first_byte(model, call.stream, ledger.attempt_elapsed());
+        gate.learn_first_byte(model, call.stream, ledger.attempt_elapsed(Instant::now()));
         match call.usage {
             AsksUsage::ForClient(_) => usage_option.served(model),
             AsksUsage::InVain => usage_option.refused(model, Instant::now()),
@@ -320,9 +320,10 @@ impl Proxy {
     /// The gateway's answer, with what weir adds.
     fn respond(&self, answer: Answer, endpoint: Option<Endpoint>, mut ledger: Ledger) -> Response<ResponseBody> {
         let Answer { mut head, source, hides_usage } = answer;
-        ledger.answer_begins();
+        let now = Instant::now();
+        ledger.answer_begins(now);
         fields::to_client(&mut head);
-        add_own_fields(&mut head.headers, &ledger);
+        add_own_fields(&mut head.headers, &ledger, now);
         let endpoint = endpoint.filter(|_| head.status.is_success());
         if hides_usage {
             // A chunk will be missing from it.
@@ -347,10 +348,10 @@ impl Proxy {
             }
         };
         let mut response = failure.response(endpoint).map(|body| ResponseBody::Own(Some(body)));
-        add_own_fields(response.headers_mut(), &ledger);
+        add_own_fields(response.headers_mut(), &ledger, Instant::now());
         if outcome == Outcome::Failed && self.shared.config.retry.max_retries == 0 {
             // Retrying is left to the client.
-            response.headers_mut().remove(headers::SHOULD_RETRY);
+            response.headers_mut().remove(&headers::SHOULD_RETRY);
         }
         ledger.close(outcome);
         response
@@ -358,11 +359,11 @@ impl Proxy {
 
     /// Gives the answer the gateway's request id, else the client's, else one of weir's.
     fn name(&self, mut response: Response<ResponseBody>, of_client: Option<HeaderValue>) -> Response<ResponseBody> {
-        response.headers_mut().entry(headers::REQUEST_ID).or_insert_with(|| {
+        response.headers_mut().entry(&headers::REQUEST_ID).or_insert_with(|| {
             of_client.unwrap_or_else(|| {
                 let number = self.shared.requests.fetch_add(1, Ordering::Relaxed);
-                let id = format!("weir-{}-{number}", self.shared.instance);
-                HeaderValue::from_str(&id).expect("digits and letters")
+                let id = ["weir-", &self.shared.instance, "-", itoa::Buffer::new().format(number)].concat();
+                HeaderValue::try_from(id).expect("digits and letters")
             })
         });
         response
@@ -384,14 +385,11 @@ struct Asked {
 }
 
 /// Where the time went, and how many attempts it took.
-fn add_own_fields(fields: &mut HeaderMap, ledger: &Ledger) {
-    let millis = |duration: Duration| duration.as_secs_f64() * 1000.0;
-    let timing =
-        format!("queue;dur={:.1}, upstream;dur={:.1}", millis(ledger.queued()), millis(ledger.upstream_time()));
-    let elapsed = u64::try_from(ledger.arrived().elapsed().as_millis()).unwrap_or(u64::MAX);
-    fields.entry(headers::RESPONSE_TIME).or_insert_with(|| HeaderValue::from(elapsed));
-    fields.append(headers::SERVER_TIMING, HeaderValue::from_str(&timing).expect("digits and letters"));
-    fields.insert(headers::WEIR_ATTEMPTS, HeaderValue::from(ledger.attempts()));
+fn add_own_fields(fields: &mut HeaderMap, ledger: &Ledger, now: Instant) {
+    let elapsed = u64::try_from((now - ledger.arrived()).as_millis()).unwrap_or(u64::MAX);
+    fields.entry(&headers::RESPONSE_TIME).or_insert_with(|| headers::number(elapsed));
+    headers::tell_timing(fields, ledger.queued(), ledger.upstream_time(now));
+    fields.insert(&headers::WEIR_ATTEMPTS, headers::number(ledger.attempts().into()));
 }
 
 /// The body of every response.

@@ -4,6 +4,7 @@
 //! protocol, and none on a client that stops reading. All of them are kept here, on the bytes: [`Edge`] wraps the
 //! connection's IO and fails it when the client has kept it waiting for too long.
 
+use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -26,6 +27,16 @@ pub struct EdgeLimits {
     pub keep_alive: Duration,
     /// Without reading.
     pub write: Duration,
+}
+
+/// What a client begins an HTTP/2 connection with (RFC 9113, 3.4).
+const HTTP2_PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// What a client speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Protocol {
+    Http1,
+    Http2,
 }
 
 /// What the requests on a connection tell the IO beneath them.
@@ -82,6 +93,8 @@ impl Drop for ActiveRequest {
 /// A client's connection with deadlines.
 pub struct Edge<I> {
     io: I,
+    /// Read to find out the protocol, and not yet read by hyper.
+    beginning: Vec<u8>,
     activity: Arc<Activity>,
     limits: EdgeLimits,
     /// When the first byte of a head was read, and how many requests had begun before it.
@@ -95,6 +108,7 @@ impl<I> Edge<I> {
     pub fn new(io: I, activity: Arc<Activity>, limits: EdgeLimits) -> Self {
         Self {
             io,
+            beginning: Vec::new(),
             activity,
             limits,
             // A new connection has its first head to send, from the start.
@@ -102,6 +116,29 @@ impl<I> Edge<I> {
             read_alarm: Alarm::default(),
             write_alarm: Alarm::default(),
         }
+    }
+
+    /// Finds out by its first bytes what the client speaks. They can be read again.
+    ///
+    /// # Errors
+    /// The connection broke or was closed, or nothing came in time.
+    pub async fn detect(&mut self) -> io::Result<Protocol>
+    where
+        I: AsyncRead + Unpin,
+    {
+        let mut beginning = Vec::with_capacity(HTTP2_PREFACE.len());
+        while HTTP2_PREFACE.starts_with(&beginning) && beginning.len() < HTTP2_PREFACE.len() {
+            let mut room = [0; HTTP2_PREFACE.len()];
+            let mut read = ReadBuf::new(&mut room[beginning.len()..]);
+            poll_fn(|cx| Pin::new(&mut *self).poll_read(cx, &mut read)).await?;
+            if read.filled().is_empty() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            beginning.extend_from_slice(read.filled());
+        }
+        let protocol = if beginning == HTTP2_PREFACE { Protocol::Http2 } else { Protocol::Http1 };
+        self.beginning = beginning;
+        Ok(protocol)
     }
 
     /// By when something has to be read; `None` while a request is being served.
@@ -118,6 +155,15 @@ impl<I> Edge<I> {
         let (begun, active) = self.activity.begun_and_active();
         if active == 0 && begun != self.head_since.0 && !self.activity.http2.load(Ordering::Relaxed) {
             self.head_since = (begun, Instant::now());
+        }
+    }
+
+    fn replay(&mut self, buf: &mut ReadBuf<'_>) {
+        let part = self.beginning.len().min(buf.remaining());
+        buf.put_slice(&self.beginning[..part]);
+        self.beginning.drain(..part);
+        if self.beginning.is_empty() {
+            self.beginning = Vec::new();
         }
     }
 
@@ -176,9 +222,18 @@ fn serialize(failure: &Failure) -> Vec<u8> {
 impl<I: AsyncRead + Unpin> AsyncRead for Edge<I> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let edge = self.get_mut();
+        let before = buf.filled().len();
+        if !edge.beginning.is_empty() {
+            edge.replay(buf);
+        }
+        // What has been read again goes together with what can be read now.
+        let replayed = buf.filled().len() > before;
         if let Poll::Ready(read) = Pin::new(&mut edge.io).poll_read(cx, buf) {
             edge.note_read();
-            return Poll::Ready(read);
+            return Poll::Ready(if replayed { Ok(()) } else { read });
+        }
+        if replayed {
+            return Poll::Ready(Ok(()));
         }
         match edge.read_deadline() {
             Some(deadline) => edge.read_alarm.poll(deadline, cx, "the client sent nothing for too long"),

@@ -8,6 +8,7 @@ pub(crate) mod edge;
 mod streams;
 
 use std::convert::Infallible;
+use std::error::Error;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener as StdListener};
 use std::pin::{Pin, pin};
@@ -17,12 +18,12 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Request, Version};
+use http::{Request, Response, Version};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::conn::auto;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
@@ -31,7 +32,7 @@ use crate::config;
 use crate::proxy::{Proxy, ResponseBody};
 use crate::relay::BrokenOff;
 
-use edge::{ActiveRequest, Activity, Edge, EdgeLimits};
+use edge::{ActiveRequest, Activity, Edge, EdgeLimits, Protocol};
 use streams::StreamExecutor;
 
 /// HTTP/2 streams at once on one connection.
@@ -106,38 +107,71 @@ pub async fn serve_connection<I>(
     let limits =
         EdgeLimits { header: settings.header_timeout, keep_alive: settings.keep_alive, write: settings.write_timeout };
     let activity = Arc::new(Activity::default());
-    let io = TokioIo::new(Edge::new(io, activity.clone(), limits));
+    let mut edge = Edge::new(io, activity.clone(), limits);
+    let protocol = tokio::select! {
+        biased;
+        protocol = edge.detect() => protocol,
+        () = drain.begun() => return,
+    };
     let service = service_fn(move |request: Request<Incoming>| {
         let active = activity.begin(request.version() == Version::HTTP_2);
-        let proxy = proxy.clone();
-        async move {
-            let response = proxy.serve(request, peer).await.map(|body| Tracked { body, _active: active });
-            // A client whose window is shut from the start never asks for the first chunk.
-            streams::gave();
-            Ok::<_, Infallible>(response)
-        }
+        // Boxed: hyper moves it several times, and would keep its room for as long as the connection lives.
+        Box::pin(serve(proxy.clone(), request, peer, active))
     });
-    let builder = builder(settings.write_timeout);
-    let mut connection = pin!(builder.serve_connection(io, service));
-    let ended = tokio::select! {
-        biased;
-        ended = connection.as_mut() => ended,
-        () = drain.begun() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+    let ended: Result<(), Box<dyn Error + Send + Sync>> = match protocol {
+        Ok(Protocol::Http1) => {
+            let connection = http1().serve_connection(TokioIo::new(edge), service);
+            until_drained(connection, http1::Connection::graceful_shutdown, drain).await.map_err(Into::into)
         }
+        Ok(Protocol::Http2) => {
+            let connection = http2(settings.write_timeout).serve_connection(TokioIo::new(edge), service);
+            let serving = until_drained(connection, http2::Connection::graceful_shutdown, drain);
+            // Boxed, so that the many of HTTP/1 need no room for it.
+            Box::pin(serving).await.map_err(Into::into)
+        }
+        Err(error) => Err(error.into()),
     };
     if let Err(error) = ended {
         tracing::debug!(error, "a client's connection ended early");
     }
 }
 
-fn builder(write_timeout: Duration) -> auto::Builder<StreamExecutor> {
-    let mut builder = auto::Builder::new(StreamExecutor { write_timeout });
+/// Serves one request.
+async fn serve(
+    proxy: Arc<Proxy>,
+    request: Request<Incoming>,
+    peer: Option<IpAddr>,
+    active: ActiveRequest,
+) -> Result<Response<Tracked>, Infallible> {
+    let response = proxy.serve(request, peer).await.map(|body| Tracked { body, _active: active });
+    // A client whose window is shut from the start never asks for the first chunk.
+    streams::gave();
+    Ok(response)
+}
+
+/// Runs a connection to its end, and asks it to end when the drain begins.
+async fn until_drained<C: Future>(connection: C, shut_down: impl FnOnce(Pin<&mut C>), mut drain: Drain) -> C::Output {
+    let mut connection = pin!(connection);
+    tokio::select! {
+        biased;
+        ended = connection.as_mut() => ended,
+        () = drain.begun() => {
+            shut_down(connection.as_mut());
+            connection.await
+        }
+    }
+}
+
+fn http1() -> http1::Builder {
+    let mut builder = http1::Builder::new();
     // Deadlines are the edge's; hyper's own would be the keep-alive limit too.
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(None);
+    builder.timer(TokioTimer::new()).header_read_timeout(None);
     builder
-        .http2()
+}
+
+fn http2(write_timeout: Duration) -> http2::Builder<StreamExecutor> {
+    let mut builder = http2::Builder::new(StreamExecutor { write_timeout });
+    builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
         .initial_stream_window_size(STREAM_WINDOW)
