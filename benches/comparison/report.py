@@ -6,13 +6,16 @@ import statistics
 from pathlib import Path
 
 
-def print_report(rounds, ratios):
-    """What a proxy costs, with ratios; then what the clients saw, the direct way included."""
+def print_report(rounds, ratios, order=None):
+    """What a proxy costs, with ratios; then what the clients saw, the direct way included. In the order of measuring, or
+    another one."""
     figures = list(dict.fromkeys(figure for found in rounds.values() for figures in found for figure in figures))
     raw = [figure for figure in figures if figure.startswith(("latency", "requests per second"))]
     proxies = {peer: found for peer, found in rounds.items() if peer != "direct"}
     ratios = [(ours, theirs) for ours, theirs in ratios if ours in proxies and theirs in proxies]
     costs = [figure for figure in figures if figure not in raw]
+    if order:
+        costs.sort(key=order)
     if proxies and costs:
         print_table("median (least to greatest)", proxies, costs, ratios)
     if raw:

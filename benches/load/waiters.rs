@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response, Uri};
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Collected, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::http2::{SendRequest, handshake};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -89,7 +89,7 @@ async fn told(answer: hyper::Result<Response<Incoming>>) -> String {
         Err(error) => error.to_string(),
         Ok(answer) => {
             let status = answer.status();
-            let body = answer.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+            let body = answer.into_body().collect().await.map(Collected::to_bytes).unwrap_or_default();
             format!("{status} {}", String::from_utf8_lossy(&body))
         }
     }

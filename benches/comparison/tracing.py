@@ -1,0 +1,122 @@
+"""What a request and an event take, counted by a tool that slows the proxy down but is not disturbed by other work.
+
+A tool is put in front of the proxy's command, twice: for few requests, and for many. The difference over the difference in
+requests is what one takes; start and end fall out of it. Everything runs on one core, with one worker.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from .figures import Probe
+from .peers import Scene
+from .processes import started
+
+ONE_WORKER = Scene(threads=1)
+# Valgrind makes a proxy some fifty times slower.
+PATIENCE = 60
+
+REQUESTS = (500, 2500)
+CONNECTIONS = 16
+EVENTS = (10, 60)
+STREAMS = 10
+
+
+def requests(probe, count):
+    return probe.run("requests", "--connections", CONNECTIONS, "--warm-up", 0, "--requests", count)
+
+
+def events(probe, count):
+    return probe.run("events", "--streams", STREAMS, "--interval-ms", 40, "--events", count)
+
+
+def request_body(probe, count):
+    load = ["requests", "--connections", 2, "--warm-up", 0, "--requests", count]
+    return probe.run(*load, "--body-bytes", 1 << 20)
+
+
+LOADS = {
+    "request": (requests, REQUESTS, 1),
+    "event": (events, EVENTS, STREAMS),
+    "1 MiB body": (request_body, (10, 40), 1),
+}
+
+
+class Instructions:
+    """Those in user space, of the whole process, by callgrind."""
+
+    needs = "valgrind"
+
+    def command(self, output):
+        return ["valgrind", "-q", "--tool=callgrind", f"--callgrind-out-file={output}"]
+
+    def read(self, output):
+        """By name; the file's last total is the whole."""
+        totals = [line.split()[1] for line in output.read_text().splitlines() if line.startswith("totals:")]
+        return {"instructions": int(totals[-1])} if totals else None
+
+
+class SystemCalls:
+    """How often each is made, by strace. It runs behind the proxy, whose process is thus still ours to end."""
+
+    needs = "strace"
+
+    def command(self, output):
+        return ["strace", "-D", "-f", "-qq", "-c", "-o", output]
+
+    def read(self, output):
+        lines = [line.split() for line in output.read_text().splitlines()]
+        calls = {line[-1]: int(line[3]) for line in lines if len(line) >= 5 and line[3].isdigit()}
+        if "total" not in calls:
+            return None
+        return {"system calls": calls.pop("total")} | calls
+
+
+def measure(command, tool, load, upstream, settings):
+    """What each kind of load takes of what the tool counts, in one round of one peer."""
+    figures = {}
+    for what, (run, counts, units) in LOADS.items():
+        few, many = (count(command, tool, run, number, load, upstream, settings) for number in counts)
+        if few and many:
+            over = (counts[1] - counts[0]) * units
+            each = {name: (many[name] - few.get(name, 0)) / over for name in many}
+            figures |= {f"{name} per {what}": value for name, value in each.items() if value >= 0.01}
+    return figures
+
+
+def count(command, tool, run, number, load, upstream, settings):
+    """What the tool has counted from the proxy's start to its end, or nothing where something went wrong."""
+    core = min(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "counted"
+
+        def traced(place):
+            return ["taskset", "-c", core, *tool.command(output), *command(place)]
+
+        with started(traced, upstream, ONE_WORKER, PATIENCE) as (place, _, _):
+            report = run(Probe(load, settings, place.listen), number)
+        return wait_for(tool, output) if report and not report["errors"] else None
+
+
+def wait_for(tool, output, patience=20):
+    """A tool may end a little after what it counts for."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        if output.exists() and (found := tool.read(output)):
+            return found
+        time.sleep(0.05)
+    print(f"compare: {tool.needs} has left no counts", file=sys.stderr)
+    return None
+
+
+def order(figure):
+    """All that a request takes, then all that an event takes."""
+    return list(LOADS).index(figure.split(" per ")[1])
+
+
+def must_be_installed(tool):
+    if not shutil.which(tool.needs):
+        sys.exit(f"compare: {tool.needs} is not installed")
