@@ -17,8 +17,9 @@ OPENED_PER_SECOND = 2000
 class Probe:
     """The clients, aimed at one address; each kind of load returns its figures by name."""
 
-    def __init__(self, load, settings, address, process=None):
+    def __init__(self, load, settings, address, process=None, admin=None):
         self.load, self.seconds, self.address = load, settings.seconds, address
+        self.process, self.admin = process, admin
         self.pid = ["--pid", str(process.pid)] if process else []
 
     def run(self, *arguments):
@@ -128,8 +129,7 @@ def measure_group(group, command, load, upstream, settings):
         if group[0][0] == "start":
             idle = resident_bytes(process.pid) / 2**20
             yield {"start to first answer (ms)": milliseconds, "memory when idle (MiB)": idle}
-        probe = Probe(load, settings, place.listen, process)
-        probe.admin = place.admin
+        probe = Probe(load, settings, place.listen, process, place.admin)
         for _, figure in group:
             yield figure.load(probe)
 

@@ -25,6 +25,7 @@ base_url = "http://$upstream/v1"
 {NONE_REACHED}
 [queue]
 max_waiting = 200000
+max_wait = "10min"
 [retry]
 max_retries = 3
 [log]
@@ -127,9 +128,10 @@ def weir(binary):
 
 
 def tables(kind, name, count):
-    """As many models or clients as the load client varies over, each with limits of its own."""
+    """As many models or clients as the load varies over, each with limits of its own. Client 0 is there in any case."""
     key = (lambda number: f'key = "sk-client-{number}"\n') if kind == "clients" else (lambda _: "")
-    return "".join(f"[{kind}.{name}-{number}]\n{key(number)}{NONE_REACHED}\n" for number in range(count))
+    first = 1 if kind == "clients" else 0
+    return "".join(f"[{kind}.{name}-{number}]\n{key(number)}{NONE_REACHED}\n" for number in range(first, count))
 
 
 def nginx(binary, files, body_buffer="client_body_buffer_size 2m;"):

@@ -29,7 +29,7 @@ load: measure what a proxy costs
   load requests     --to ADDR [--connections N] [--seconds S | --requests N] [--rate R] [--warm-up S]
                     [--body-bytes N] [--models N] [--clients N] [--pid PID]
       closed loop, or with --rate open loop: R requests a second, timed from when each was due;
-      --models and --clients: model-0 and on, and the keys sk-client-0 and on, in turn
+      --models and --clients: model-0 and on, the usual key and sk-client-1 and on, in turn
 
   load events       --to ADDR [--streams N] [--events N] [--interval-ms MS] [--opening-ms MS]
                     [--body-bytes N] [--pid PID]

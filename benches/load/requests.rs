@@ -94,7 +94,11 @@ pub fn run(parser: lexopt::Parser) -> Result<(), Failure> {
     })
 }
 
+/// The first is the one that all other loads have.
 fn client_key(number: u32) -> Result<HeaderValue, Failure> {
+    if number == 0 {
+        return Ok(AUTHORIZATION);
+    }
     Ok(HeaderValue::try_from(format!("Bearer sk-client-{number}"))?)
 }
 
