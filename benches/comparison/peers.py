@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from string import Template
 
-# The clients' 5,000 streams take twice as many connections.
+# Enough for the clients' 5,000.
 CONNECTIONS = 8192
 
 RATE = 'requests = { rate = "60000000/min", burst = 1000000 }'
@@ -18,7 +18,7 @@ WEIR_CONFIG = f"""
 [server]
 listen = "$listen"
 admin_listen = "$admin"
-max_connections = {CONNECTIONS}
+max_connections = $connections
 [upstream]
 base_url = "http://$upstream/v1"
 [limits]
@@ -39,15 +39,16 @@ key = "sk-not-a-key"
 {NONE_REACHED}
 """
 
-NGINX_CONFIG = f"""
+NGINX_CONFIG = """
+$user
 worker_processes $cores;
 worker_rlimit_nofile $files;
 master_process $master;
 daemon off;
 pid nginx.pid;
 error_log stderr crit;
-events {{ worker_connections {2 * CONNECTIONS}; }}
-http {{
+events { worker_connections $connections; }
+http {
     access_log off;
     client_body_temp_path body;
     proxy_temp_path proxy;
@@ -58,23 +59,23 @@ http {{
     client_max_body_size 32m;
     $body_buffer
     limit_req_zone $$server_name zone=all:1m rate=1000000r/s;
-    upstream gateway {{
+    upstream gateway {
         server $upstream;
         keepalive 1024;
         keepalive_requests 100000000;
-    }}
-    server {{
+    }
+    server {
         listen $listen backlog=1024;
-        location / {{
+        location / {
             limit_req zone=all burst=1000000 nodelay;
             proxy_pass http://gateway;
             proxy_http_version 1.1;
             proxy_set_header Connection "";
             proxy_buffering off;
             proxy_read_timeout 10m;
-        }}
-    }}
-}}
+        }
+    }
+}
 """
 
 # Without http-no-delay it would hold small events back.
@@ -107,6 +108,8 @@ class Scene:
 
     models: int = 0
     clients: int = 0
+    # The clients'. nginx and HAProxy reserve memory for as many as they are told to expect.
+    connections: int = CONNECTIONS
     threads: int = os.cpu_count()
 
 
@@ -121,7 +124,7 @@ def pass_through(load, *options):
 def weir(binary):
     def command(place):
         text = WEIR_CONFIG + tables("models", "model", place.scene.models) + tables("clients", "client", place.scene.clients)
-        config = write(place, "weir.toml", text, admin=place.admin)
+        config = write(place, "weir.toml", text, admin=place.admin, connections=place.scene.connections)
         return [binary, "serve", "--config", config]
 
     return command
@@ -140,8 +143,12 @@ def nginx(binary, files, body_buffer="client_body_buffer_size 2m;"):
     def command(place):
         # A single process, where there is to be one thread, is what the tracing tools can follow.
         master = "on" if place.scene.threads > 1 else "off"
-        options = {"files": files, "cores": place.scene.threads, "master": master, "body_buffer": body_buffer}
-        config = write(place, "nginx.conf", NGINX_CONFIG, **options)
+        # Root's workers would be somebody else, who cannot write to our directory.
+        user = "user root;" if os.geteuid() == 0 else ""
+        options = {"cores": place.scene.threads, "master": master, "user": user, "body_buffer": body_buffer}
+        # It counts those to the upstream too.
+        connections = 2 * place.scene.connections
+        config = write(place, "nginx.conf", NGINX_CONFIG, files=files, connections=connections, **options)
         return [binary, "-e", "stderr", "-p", place.directory, "-c", config]
 
     return command
@@ -149,7 +156,7 @@ def nginx(binary, files, body_buffer="client_body_buffer_size 2m;"):
 
 def haproxy(binary, files):
     def command(place):
-        connections = min(CONNECTIONS, files // 2 - 100)
+        connections = min(place.scene.connections, files // 2 - 100)
         options = {"cores": place.scene.threads, "connections": connections}
         return [binary, "-db", "-f", write(place, "haproxy.cfg", HAPROXY_CONFIG, **options)]
 

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from .figures import Probe
+from .figures import BODY_BYTES, Probe
 from .peers import Scene
 from .processes import started
 
@@ -23,6 +23,7 @@ REQUESTS = (500, 2500)
 CONNECTIONS = 16
 EVENTS = (10, 60)
 STREAMS = 10
+BODIES = (10, 40)
 
 
 def requests(probe, count):
@@ -33,15 +34,17 @@ def events(probe, count):
     return probe.run("events", "--streams", STREAMS, "--interval-ms", 40, "--events", count)
 
 
-def request_body(probe, count):
+def bodies(probe, count):
+    """Of 1 MiB."""
     load = ["requests", "--connections", 2, "--warm-up", 0, "--requests", count]
-    return probe.run(*load, "--body-bytes", 1 << 20)
+    return probe.run(*load, "--body-bytes", BODY_BYTES)
 
 
+# By the figure's name: the load, the few and the many, and how many of what is counted each of them brings.
 LOADS = {
     "request": (requests, REQUESTS, 1),
     "event": (events, EVENTS, STREAMS),
-    "1 MiB body": (request_body, (10, 40), 1),
+    "body": (bodies, BODIES, 1),
 }
 
 
@@ -75,10 +78,10 @@ class SystemCalls:
         return {"system calls": calls.pop("total")} | calls
 
 
-def measure(command, tool, load, upstream, settings):
+def measure(command, tool, loads, load, upstream, settings):
     """What each kind of load takes of what the tool counts, in one round of one peer."""
     figures = {}
-    for what, (run, counts, units) in LOADS.items():
+    for what, (run, counts, units) in loads.items():
         few, many = (count(command, tool, run, number, load, upstream, settings) for number in counts)
         if few and many:
             over = (counts[1] - counts[0]) * units
@@ -98,7 +101,7 @@ def count(command, tool, run, number, load, upstream, settings):
 
         with started(traced, upstream, ONE_WORKER, PATIENCE) as (place, _, _):
             report = run(Probe(load, settings, place.listen), number)
-        return wait_for(tool, output) if report and not report["errors"] else None
+        return wait_for(tool, output) if report else None
 
 
 def wait_for(tool, output, patience=20):

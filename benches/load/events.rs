@@ -81,7 +81,12 @@ async fn measure(plan: Plan, process: Option<Process>) -> Result<(), Failure> {
     let _ = tokio::time::timeout(whole, counts.all_open.notified()).await;
     let middle = Moment::now(process.as_ref(), &counts)?;
     let (mut first_events, mut last_error, mut errors) = (Samples::default(), None, 0_u64);
+    // What follows the first end is in part the cost of ending.
+    let mut steady = None;
     while let Some(stream) = streams.join_next().await {
+        if steady.is_none() {
+            steady = Moment::now(process.as_ref(), &counts)?.since(&middle);
+        }
         match stream.expect("a stream does not panic") {
             Ok(first_event) => first_events.add(first_event),
             Err(error) => {
@@ -90,15 +95,15 @@ async fn measure(plan: Plan, process: Option<Process>) -> Result<(), Failure> {
             }
         }
     }
-    let end = Moment::now(process.as_ref(), &counts)?;
-    let (steady, opened) = (end.since(&middle), middle.resident_bytes.zip(begin.resident_bytes));
+    let events = counts.events.load(Relaxed);
+    let opened = middle.resident_bytes.zip(begin.resident_bytes);
     let report = json!({
         "streams": plan.streams,
         "errors": errors,
         "last_error": last_error,
         "open": counts.open.load(Relaxed),
-        "events": end.events,
-        "events_missing": (plan.events * plan.streams).saturating_sub(end.events),
+        "events": events,
+        "events_missing": (plan.events * plan.streams).saturating_sub(events),
         "first_event_us": first_events.summary(),
         "cpu_us_per_event": steady.map(|(cpu, events)| microseconds(cpu) / events.max(1) as f64),
         "resident_bytes_per_stream": opened.map(|(open, before)| (open as f64 - before as f64) / plan.streams as f64),
