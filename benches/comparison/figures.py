@@ -61,7 +61,8 @@ class Probe:
         """5,000 events a second, however many streams bring them, for as long as all are open."""
         interval, opening = streams // 5, streams * 1000 // BEGUN_PER_SECOND
         events = round((opening + self.seconds * 1000) / interval)
-        report = self.run("events", "--streams", streams, "--events", events, "--interval-ms", interval, "--opening-ms", opening)
+        timing = ["--opening-ms", opening, "--interval-ms", interval, "--events", events]
+        report = self.run("events", "--streams", streams, *timing)
         return report and {
             f"CPU per event, {streams:,} streams (µs)": report["cpu_us_per_event"],
             f"latency p50 of the first event, {streams:,} streams (µs)": report["first_event_us"]["p50"],
@@ -111,9 +112,7 @@ def measure(name, command, figures, load, upstream, settings):
         probe = Probe(load, settings, upstream)
         return known(figure.load(probe) for figure in figures.values() if not figure.process_of_its_own)
     return known(
-        found
-        for group in groups(figures)
-        for found in measure_group(group, command, load, upstream, settings)
+        found for group in groups(figures) for found in measure_group(group, command, load, upstream, settings)
     )
 
 

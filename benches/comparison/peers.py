@@ -123,8 +123,9 @@ def pass_through(load, *options):
 
 def weir(binary):
     def command(place):
-        text = WEIR_CONFIG + tables("models", "model", place.scene.models) + tables("clients", "client", place.scene.clients)
-        config = write(place, "weir.toml", text, admin=place.admin, connections=place.scene.connections)
+        scene = place.scene
+        text = WEIR_CONFIG + tables("models", "model", scene.models) + tables("clients", "client", scene.clients)
+        config = write(place, "weir.toml", text, admin=place.admin, connections=scene.connections)
         return [binary, "serve", "--config", config]
 
     return command
