@@ -8,8 +8,10 @@ from pathlib import Path
 
 
 def print_report(rounds, ratios, order=None):
-    """What a proxy costs, with ratios; then what the clients saw, the direct way included. In the order of measuring, or
-    another one."""
+    """What a proxy costs, with ratios; then what the clients saw, the direct way included.
+
+    In the order of measuring, or in another one.
+    """
     # Whoever has the most of them has them in order.
     fullest = sorted(rounds.values(), key=lambda found: -sum(map(len, found)))
     figures = list(dict.fromkeys(figure for found in fullest for figures in found for figure in figures))
@@ -50,7 +52,7 @@ def print_steps(rounds):
 
 
 def split(figure):
-    """The measure with its unit, and the step at which it was taken: "CPU (µs)" and "10 models" of "CPU, 10 models (µs)"."""
+    """The measure with its unit, and where it was taken: "CPU (µs)" and "10 models" of "CPU, 10 models (µs)"."""
     measure, step, unit = re.fullmatch(r"(.+?), (.+?)( \([^)]*\))?", figure).groups()
     return measure + (unit or ""), step
 
@@ -87,7 +89,7 @@ def spread(samples):
 
 
 def ratio(ours, theirs):
-    """Those within each round. Where a difference drowned in noise in some of them, that of the medians, if it can be had."""
+    """Those within each round. Where a difference drowned in noise in some of them, that of the medians, if any."""
     pairs = [(our, their) for our, their in zip(ours, theirs) if our is not None and their is not None]
     if not pairs:
         return "–"

@@ -1,7 +1,7 @@
 """What a request and an event take, counted by a tool that slows the proxy down but is not disturbed by other work.
 
-A tool is put in front of the proxy's command, twice: for few requests, and for many. The difference over the difference in
-requests is what one takes; start and end fall out of it. Everything runs on one core, with one worker.
+A tool is put in front of the proxy's command, twice: for few requests, and for many. The difference over the difference
+in requests is what one takes; start and end fall out of it. Everything runs on one core, with one worker.
 """
 
 import os
@@ -78,19 +78,23 @@ class SystemCalls:
         return {"system calls": calls.pop("total")} | calls
 
 
-def measure(command, tool, loads, load, upstream, settings):
+def measure(name, command, tool, loads, load, upstream, settings):
     """What each kind of load takes of what the tool counts, in one round of one peer."""
     figures = {}
-    for what, (run, counts, units) in loads.items():
-        few, many = (count(command, tool, run, number, load, upstream, settings) for number in counts)
-        if few and many:
-            over = (counts[1] - counts[0]) * units
-            each = {name: (many[name] - few.get(name, 0)) / over for name in many}
-            figures |= {f"{name} per {what}": value for name, value in each.items() if value >= 0.01}
+    for what, (run, (few, many), units) in loads.items():
+
+        def counted(number):
+            ask = lambda address: run(Probe(load, settings, address), number)
+            return count(command, tool, upstream, ask, settings.keep and settings.keep / f"{name}-{what}-{number}")
+
+        start, whole = counted(few), counted(many)
+        if start and whole:
+            each = {call: (whole[call] - start.get(call, 0)) / ((many - few) * units) for call in whole}
+            figures |= {f"{call} per {what}": value for call, value in each.items() if value >= 0.01}
     return figures
 
 
-def count(command, tool, run, number, load, upstream, settings):
+def count(command, tool, upstream, ask, kept):
     """What the tool has counted from the proxy's start to its end, or nothing where something went wrong."""
     core = min(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as directory:
@@ -100,8 +104,11 @@ def count(command, tool, run, number, load, upstream, settings):
             return ["taskset", "-c", core, *tool.command(output), *command(place)]
 
         with started(traced, upstream, ONE_WORKER, PATIENCE) as (place, _, _):
-            report = run(Probe(load, settings, place.listen), number)
-        return wait_for(tool, output) if report else None
+            report = ask(place.listen)
+        counts = wait_for(tool, output) if report else None
+        if counts and kept:
+            shutil.copy(output, kept)
+        return counts
 
 
 def wait_for(tool, output, patience=20):
