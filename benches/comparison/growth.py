@@ -58,11 +58,10 @@ def waiting(count):
             if reached is None:
                 return None
             what = f"{reached:,} waiting"
-            found = probe.requests(what, "--seconds", probe.seconds) or {}
+            grown = resident_bytes(probe.process.pid) - before
+            found = {f"memory of one who waits, {what} (KiB)": grown / reached / 1024 if reached else None}
+            found |= probe.requests(what, "--seconds", probe.seconds) or {}
             found |= probe.requests(f"{what}, 500/s", "--rate", 500, "--seconds", probe.seconds) or {}
-            if reached:
-                each = (resident_bytes(probe.process.pid) - before) / reached / 1024
-                found[f"memory of one who waits, {what} (KiB)"] = each
             return found
 
     return load
