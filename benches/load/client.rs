@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use bytes::Bytes;
-use http::{Request, Response, header};
+use http::{HeaderValue, Request, Response, header};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{SendRequest, handshake};
@@ -55,11 +55,15 @@ async fn connect(to: SocketAddr) -> Result<SendRequest<Full<Bytes>>, Failure> {
     Ok(sender)
 }
 
-/// A chat request as a client library sends it, its body filled up to a length.
-pub fn chat_request(to: SocketAddr, body: Bytes) -> Request<Full<Bytes>> {
+/// The model and the key of a client that is not told to vary them.
+pub const MODEL: &str = "gpt-4.1-mini";
+pub const AUTHORIZATION: HeaderValue = HeaderValue::from_static("Bearer sk-not-a-key");
+
+/// A chat request as a client library sends it.
+pub fn chat_request(to: SocketAddr, authorization: HeaderValue, body: Bytes) -> Request<Full<Bytes>> {
     Request::post("/v1/chat/completions")
         .header(header::HOST, to.to_string())
-        .header(header::AUTHORIZATION, "Bearer sk-not-a-key")
+        .header(header::AUTHORIZATION, authorization)
         .header(header::CONTENT_TYPE, "application/json")
         .header(header::ACCEPT, "application/json")
         .header(header::USER_AGENT, "weir-bench")
@@ -67,10 +71,10 @@ pub fn chat_request(to: SocketAddr, body: Bytes) -> Request<Full<Bytes>> {
         .expect("the parts are valid")
 }
 
-pub fn chat_body(length: usize, stream: bool) -> Bytes {
-    let start = format!(
-        r#"{{"model":"gpt-4.1-mini","stream":{stream},"max_tokens":100,"messages":[{{"role":"user","content":""#
-    );
+/// The body of a chat request, its prompt filled up to a length.
+pub fn chat_body(model: &str, length: usize, stream: bool) -> Bytes {
+    let start =
+        format!(r#"{{"model":"{model}","stream":{stream},"max_tokens":100,"messages":[{{"role":"user","content":""#);
     let end = r#""}]}"#;
     let text = "What do these reviews have in common? ";
     let room = length.saturating_sub(start.len() + end.len());

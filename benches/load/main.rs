@@ -12,6 +12,7 @@ mod process;
 mod report;
 mod requests;
 mod upstream;
+mod waiters;
 
 use std::process::ExitCode;
 
@@ -26,11 +27,16 @@ load: measure what a proxy costs
       a proxy that passes everything on and does nothing else
 
   load requests     --to ADDR [--connections N] [--seconds S | --requests N] [--rate R] [--warm-up S]
-                    [--body-bytes N] [--pid PID]
-      closed loop, or with --rate open loop: R requests a second, timed from when each was due
+                    [--body-bytes N] [--models N] [--clients N] [--pid PID]
+      closed loop, or with --rate open loop: R requests a second, timed from when each was due;
+      --models and --clients: model-0 and on, the usual key and sk-client-1 and on, in turn
 
-  load events       --to ADDR [--streams N] [--events N] [--interval-ms MS] [--body-bytes N] [--pid PID]
-      concurrent streams of server-sent events
+  load events       --to ADDR [--streams N] [--events N] [--interval-ms MS] [--opening-ms MS]
+                    [--body-bytes N] [--pid PID]
+      concurrent streams of server-sent events, opened evenly over one interval or --opening-ms
+
+  load waiters      --to ADDR --model NAME [--waiters N] [--seconds S] [--body-bytes N]
+      takes one slot of the model with a stream that does not end, and sends so many requests behind it, over HTTP/2
 
 --pid names the proxy's process, whose CPU time and memory are then reported too (its children's included).
 The two clients print one line of JSON: times in microseconds, sizes in bytes.
@@ -53,6 +59,7 @@ fn run() -> Result<(), arguments::Failure> {
         Some("pass-through") => pass_through::run(parser),
         Some("requests") => requests::run(parser),
         Some("events") => events::run(parser),
+        Some("waiters") => waiters::run(parser),
         Some(other) => Err(format!("no subcommand {other:?}; --help lists them").into()),
         None => {
             print!("{HELP}");

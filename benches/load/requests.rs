@@ -9,20 +9,27 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use http::{HeaderValue, Request};
+use http_body_util::Full;
 use serde_json::json;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::{JoinSet, LocalSet};
 
 use crate::arguments::{self, Failure, required};
-use crate::client::{Client, chat_body, chat_request};
+use crate::client::{AUTHORIZATION, Client, MODEL, chat_body, chat_request};
 use crate::process::Process;
 use crate::report::{Samples, microseconds};
 
-#[derive(Clone)]
-struct Plan {
+/// How long after the one before each connection is opened: all at once they would overflow the listener's backlog,
+/// and then the gateway's.
+const STAGGER: Duration = Duration::from_micros(400);
+
+/// What is asked: the models and the keys take turns.
+struct Question {
     to: SocketAddr,
-    connections: usize,
-    body: Bytes,
+    bodies: Vec<Bytes>,
+    keys: Vec<HeaderValue>,
+    asked: Cell<usize>,
 }
 
 /// When a run ends: whichever comes first.
@@ -36,10 +43,13 @@ struct Outcome {
     latencies: Samples,
     errors: u64,
     last_error: Option<Failure>,
+    /// With their connections, for the next load.
+    clients: Vec<Client>,
 }
 
 pub fn run(parser: lexopt::Parser) -> Result<(), Failure> {
     let (mut to, mut pid, mut rate) = (None, None, None);
+    let (mut models, mut keys) = (vec![MODEL.to_owned()], vec![AUTHORIZATION]);
     let (mut seconds, mut warm_up) = (None, Duration::from_millis(300));
     let (mut requests, mut connections, mut body_bytes) = (None, 64, 1024);
     arguments::options(parser, |name, parser| {
@@ -51,30 +61,45 @@ pub fn run(parser: lexopt::Parser) -> Result<(), Failure> {
             "warm-up" => warm_up = arguments::seconds(parser)?,
             "requests" => requests = Some(arguments::value::<u64>(parser)?),
             "connections" => connections = arguments::value(parser)?,
+            "models" => models = (0..arguments::value(parser)?).map(|number: u32| format!("model-{number}")).collect(),
+            "clients" => keys = (0..arguments::value(parser)?).map(client_key).collect::<Result<_, _>>()?,
             "body-bytes" => body_bytes = arguments::value(parser)?,
             _ => return Ok(false),
         }
         Ok(true)
     })?;
-    let plan = Plan { to: required(to, "--to")?, connections, body: chat_body(body_bytes, false) };
+    let bodies = models.iter().map(|model| chat_body(model, body_bytes, false)).collect();
+    let question = Rc::new(Question { to: required(to, "--to")?, bodies, keys, asked: Cell::new(0) });
     let process = pid.map(Process::new).transpose()?;
     // With a number of requests given, the time is only there so that a run ends in any case.
     let time = seconds.unwrap_or(Duration::from_secs(if requests.is_some() { 600 } else { 3 }));
     let requests = requests.unwrap_or(u64::MAX);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     LocalSet::new().block_on(&runtime, async {
-        closed_loop(&plan, warm_up, u64::MAX).await;
+        let clients = (0..connections).map(|_| Client::new(question.to)).collect();
+        let Outcome { clients, .. } = match warm_up {
+            Duration::ZERO => Outcome { clients, ..Outcome::default() },
+            _ => closed_loop(clients, &question, STAGGER, warm_up, u64::MAX).await,
+        };
         let before = process.as_ref().map(Process::cpu_time).transpose()?;
         let begun = Instant::now();
         let outcome = match rate {
-            Some(rate) => open_loop(&plan, rate, time, requests).await,
-            None => closed_loop(&plan, time, requests).await,
+            Some(rate) => open_loop(clients, &question, rate, time, requests).await,
+            None => closed_loop(clients, &question, Duration::ZERO, time, requests).await,
         };
         let took = begun.elapsed();
         let after = process.as_ref().map(Process::cpu_time).transpose()?;
         let cpu = before.zip(after).map(|(before, after)| after.since(&before));
         print_report(outcome, took, cpu, process.as_ref())
     })
+}
+
+/// The first is the one that all other loads have.
+fn client_key(number: u32) -> Result<HeaderValue, Failure> {
+    if number == 0 {
+        return Ok(AUTHORIZATION);
+    }
+    Ok(HeaderValue::try_from(format!("Bearer sk-client-{number}"))?)
 }
 
 fn print_report(
@@ -99,16 +124,27 @@ fn print_report(
     Ok(())
 }
 
-async fn closed_loop(plan: &Plan, time: Duration, requests: u64) -> Outcome {
-    let end = Rc::new(End { at: Instant::now() + time, requests_left: Cell::new(requests) });
-    let clients = (0..plan.connections).map(|_| {
-        let (plan, end) = (plan.clone(), Rc::clone(&end));
+/// The clients begin one after the other, `stagger` apart; the time runs from when the last one has begun.
+async fn closed_loop(
+    clients: Vec<Client>,
+    question: &Rc<Question>,
+    stagger: Duration,
+    time: Duration,
+    requests: u64,
+) -> Outcome {
+    let ramp = stagger * clients.len() as u32;
+    let end = Rc::new(End { at: Instant::now() + ramp + time, requests_left: Cell::new(requests) });
+    let clients = clients.into_iter().zip(0_u32..).map(|(mut client, number)| {
+        let (question, end) = (Rc::clone(question), Rc::clone(&end));
         async move {
-            let mut client = Client::new(plan.to);
+            if !stagger.is_zero() {
+                tokio::time::sleep(stagger * number).await;
+            }
             let mut outcome = Outcome::default();
             while end.one_more() {
-                outcome.ask(&mut client, &plan, Instant::now()).await;
+                outcome.ask(&mut client, &question, Instant::now()).await;
             }
+            outcome.clients.push(client);
             outcome
         }
     });
@@ -116,15 +152,14 @@ async fn closed_loop(plan: &Plan, time: Duration, requests: u64) -> Outcome {
 }
 
 /// Every client takes the next due request when it is free; with all of them busy, the wait counts as latency.
-async fn open_loop(plan: &Plan, rate: f64, time: Duration, requests: u64) -> Outcome {
+async fn open_loop(clients: Vec<Client>, question: &Rc<Question>, rate: f64, time: Duration, requests: u64) -> Outcome {
     let due = Arc::new(Mutex::new(clock(rate, time, requests)));
-    let clients = (0..plan.connections).map(|_| {
-        let (plan, due) = (plan.clone(), Arc::clone(&due));
+    let clients = clients.into_iter().map(|mut client| {
+        let (question, due) = (Rc::clone(question), Arc::clone(&due));
         async move {
-            let mut client = Client::new(plan.to);
             let mut outcome = Outcome::default();
             while let Some(due) = { due.lock().await.recv().await } {
-                outcome.ask(&mut client, &plan, due).await;
+                outcome.ask(&mut client, &question, due).await;
             }
             outcome
         }
@@ -170,9 +205,17 @@ impl End {
     }
 }
 
+impl Question {
+    fn next(&self) -> Request<Full<Bytes>> {
+        let number = self.asked.replace(self.asked.get().wrapping_add(1));
+        let (key, body) = (&self.keys[number % self.keys.len()], &self.bodies[number % self.bodies.len()]);
+        chat_request(self.to, key.clone(), body.clone())
+    }
+}
+
 impl Outcome {
-    async fn ask(&mut self, client: &mut Client, plan: &Plan, due: Instant) {
-        match client.complete(chat_request(plan.to, plan.body.clone())).await {
+    async fn ask(&mut self, client: &mut Client, question: &Question, due: Instant) {
+        match client.complete(question.next()).await {
             Ok(()) => self.latencies.add(due.elapsed()),
             Err(error) => {
                 self.errors += 1;
@@ -185,5 +228,6 @@ impl Outcome {
         self.latencies.extend(other.latencies);
         self.errors += other.errors;
         self.last_error = other.last_error.or(self.last_error.take());
+        self.clients.extend(other.clients);
     }
 }

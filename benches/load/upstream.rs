@@ -12,7 +12,7 @@ use http_body_util::{BodyExt, Either, Full};
 use hyper::body::{Body, Frame, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::{Instant, Interval, interval_at};
 
 use crate::arguments::{self, Failure, required};
@@ -31,7 +31,16 @@ const EVENT: &str = concat!(
     "\n\n"
 );
 
-const LAST_EVENT: &str = "data: [DONE]\n\n";
+/// Comes before the end of a stream that asks for it, as a gateway does.
+const USAGE: &str = concat!(
+    r#"data: {"id":"chatcmpl-9f2c4e7ab1d05836","object":"chat.completion.chunk","created":1764000000,"model":"gpt-4.1-mini","choices":[],"usage":{"prompt_tokens":231,"completion_tokens":50,"total_tokens":281}}"#,
+    "\n\n"
+);
+
+const DONE: &str = "data: [DONE]\n\n";
+
+/// Thousands of connections may come at once when a proxy begins.
+const BACKLOG: u32 = 4096;
 
 type Answer = Response<Either<Full<Bytes>, Events>>;
 
@@ -49,7 +58,10 @@ pub fn run(parser: lexopt::Parser) -> Result<(), Failure> {
 }
 
 async fn serve(listen: SocketAddr) -> Result<(), Failure> {
-    let listener = TcpListener::bind(listen).await?;
+    let socket = TcpSocket::new_v4()?;
+    socket.set_reuseaddr(true)?;
+    socket.bind(listen)?;
+    let listener = socket.listen(BACKLOG)?;
     loop {
         let (stream, _) = listener.accept().await?;
         stream.set_nodelay(true)?;
@@ -65,22 +77,19 @@ async fn serve_connection(stream: TcpStream) {
 async fn answer(request: Request<Incoming>) -> Result<Answer, hyper::Error> {
     let (head, body) = request.into_parts();
     let body = body.collect().await?.to_bytes();
-    Ok(if asks_for_stream(&body) { stream(&head.headers) } else { completion() })
-}
-
-fn asks_for_stream(body: &[u8]) -> bool {
-    memchr::memmem::find(body, br#""stream":true"#).is_some()
+    let wants = |option: &str| memchr::memmem::find(&body, option.as_bytes()).is_some();
+    Ok(if wants(r#""stream":true"#) { stream(&head.headers, wants(r#""include_usage":true"#)) } else { completion() })
 }
 
 fn completion() -> Answer {
     with_type("application/json", Either::Left(Full::from(COMPLETION)))
 }
 
-fn stream(wish: &HeaderMap) -> Answer {
+fn stream(wish: &HeaderMap, usage: bool) -> Answer {
     let number = |name, default| wish.get(name).and_then(|v| v.to_str().ok()?.parse().ok()).unwrap_or(default);
     let gap = Duration::from_millis(number(INTERVAL_MS, DEFAULT_INTERVAL_MS).max(1));
     let left = number(EVENTS, DEFAULT_EVENTS);
-    let events = Events { left, begun: false, interval: interval_at(Instant::now() + gap, gap) };
+    let events = Events { left, usage, begun: false, interval: interval_at(Instant::now() + gap, gap) };
     with_type("text/event-stream", Either::Right(events))
 }
 
@@ -93,6 +102,7 @@ fn with_type(content_type: &'static str, body: Either<Full<Bytes>, Events>) -> A
 /// A body of one event per tick, the first at once, and the last with `[DONE]` behind it.
 pub struct Events {
     left: u64,
+    usage: bool,
     begun: bool,
     interval: Interval,
 }
@@ -115,7 +125,7 @@ impl Body for Events {
         self.begun = true;
         self.left -= 1;
         let data = if self.left == 0 {
-            Bytes::from([EVENT, LAST_EVENT].concat())
+            Bytes::from([EVENT, if self.usage { USAGE } else { "" }, DONE].concat())
         } else {
             Bytes::from_static(EVENT.as_bytes())
         };
