@@ -8,8 +8,8 @@
 mod attempt;
 mod body;
 mod call;
-mod fields;
-mod route;
+pub mod fields;
+pub mod route;
 mod usage_option;
 
 use std::net::IpAddr;
