@@ -7,7 +7,7 @@ use http::{Request, Version, request};
 use weir::clients::{Clients, KEY_FIELDS};
 use weir::config::Config;
 use weir::openai::call::Endpoint;
-use weir::proxy::fields::{self, Via};
+use weir::proxy::fields::{self, LentKey, Via};
 use weir::proxy::route::route;
 
 const CONFIG: &str = r#"
@@ -128,7 +128,8 @@ fn goes_on_as_it_should(head: &request::Parts) {
     let hosts = head.headers.get_all(header::HOST).iter().count();
     assert!(!is_fine || hosts == 1 || hosts == 0 && head.version != Version::HTTP_11);
     let config = Config::parse(CONFIG, &|_| None).expect("it is right");
-    for (key, metered) in [(config.upstream.api_key.as_ref(), true), (None, false)] {
+    let lent = config.upstream.api_key.as_ref().map(LentKey::new);
+    for (key, metered) in [(lent.as_ref(), true), (None, false)] {
         let mut sent = head.clone();
         fields::to_upstream(&mut sent, &HOST, &via, key, metered);
         fields_are_right(&head.headers, &sent.headers, key.is_some());
