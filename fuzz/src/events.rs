@@ -21,7 +21,8 @@ pub fn check(stream: &[u8]) {
         }
         assert_eq!(seen.len(), expected.len(), "as many events");
         for ((name, data), expected) in seen.iter().zip(&expected) {
-            assert!(expected.is(name.as_deref(), data), "{name:?} {:?}", String::from_utf8_lossy(data));
+            let told = String::from_utf8_lossy(&data[..data.len().min(1000)]);
+            assert!(expected.is(name.as_deref(), data), "{name:?} {told:?}");
         }
         assert_eq!(scanner.at_boundary(), rest.iter().all(is_break));
     }
@@ -43,7 +44,9 @@ impl SlowEvent<'_> {
             return self.name == name && self.data == data;
         }
         // Cut, or whole and still without one of its lines: of a longer one only the end is promised.
-        data.len() >= KEPT && self.raw.ends_with(data)
+        // (Where a chunk cut the last CR from its LF, the event ended with the CR.)
+        let ends_so = |raw: &[u8]| raw.ends_with(data);
+        data.len() >= KEPT && (ends_so(self.raw) || self.raw.strip_suffix(b"\n").is_some_and(ends_so))
     }
 }
 

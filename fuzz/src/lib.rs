@@ -15,8 +15,11 @@ pub mod request;
 pub mod usage;
 pub mod usage_chunk;
 
+/// Panics where something does not hold.
+pub type Property = fn(&[u8]);
+
 /// Every target by its name, which is also that of its corpus.
-pub const TARGETS: [(&str, fn(&[u8])); 9] = [
+pub const TARGETS: [(&str, Property); 9] = [
     ("config", config::check),
     ("errors", errors::check),
     ("events", events::check),

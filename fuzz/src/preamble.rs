@@ -54,7 +54,8 @@ fn says_nothing(event: Event<'_>) {
 
 /// Whether a choice has a reason to end.
 fn ends(json: &Json) -> bool {
-    let has_reason = |choice: &Json| choice.all("finish_reason").any(|reason| reason.str().is_some_and(|it| it != ""));
+    let has_reason =
+        |choice: &Json| choice.all("finish_reason").any(|reason| reason.str().is_some_and(|it| !it.is_empty()));
     let is_chunk = json.all("type").next().is_none();
     is_chunk && json.all("choices").any(|it| matches!(it, Json::Array(choices) if choices.iter().any(has_reason)))
 }

@@ -41,12 +41,12 @@ fn in_document(root: &Json) -> Option<Usage> {
 /// The last readable usage of the root, its response or its message.
 fn in_event(root: &Json) -> Option<Usage> {
     let members = root.members()?.iter();
-    let told = members.filter_map(|(name, value)| match name.as_str() {
+    let mut told = members.filter_map(|(name, value)| match name.as_str() {
         "usage" => slow_usage(value),
         "response" | "message" => in_document(value),
         _ => None,
     });
-    told.last()
+    told.next_back()
 }
 
 /// A usage object; `None` where it has not what is needed, or something of another type.
@@ -58,9 +58,7 @@ fn slow_usage(usage: &Json) -> Option<Usage> {
     let of_prompt = [details(usage, "prompt_tokens_details")?, details(usage, "input_tokens_details")?];
     let of_completion = [details(usage, "completion_tokens_details")?, details(usage, "output_tokens_details")?];
     let (told, said) = (prompt.or(input), completion.or(output));
-    if told.or(said).is_none() {
-        return None;
-    }
+    told.or(said)?;
     let is_anthropic = prompt.is_none() && of_prompt == [None, None];
     let (told, read) = (told.unwrap_or(0), read.unwrap_or(0));
     let written = written.filter(|_| is_anthropic).unwrap_or(0);

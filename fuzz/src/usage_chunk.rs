@@ -32,7 +32,9 @@ pub fn check(stream: &[u8]) {
         passed.extend(filter.finish().into_iter().flatten());
         assert!(filter.is_empty());
         match &expected {
-            Some(expected) => assert_eq!(text(&passed), text(expected)),
+            Some(expected) => {
+                assert!(passed == *expected, "{:.2000}\ninstead of\n{:.2000}", text(&passed), text(expected))
+            }
             None => assert!(passed.len() <= stream.len()),
         }
     }

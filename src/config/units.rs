@@ -181,6 +181,15 @@ mod tests {
     }
 
     #[test]
+    fn a_duration_is_whole_milliseconds_so_that_it_can_be_written() {
+        for (text, written) in
+            [("1.1h", "66min"), ("0.1ms", "1ms"), ("1.4999s", "1500ms"), ("0.0s", "0s"), (".5s", "500ms")]
+        {
+            assert_eq!(parse_duration(text).map(format_duration), Ok(written.to_owned()), "{text}");
+        }
+    }
+
+    #[test]
     fn a_bad_duration_says_what_to_write() {
         for text in ["", "5", "s", "5 meg", "-1s", "1e3s", "1.2.3s", "99999999h", "NaNs"] {
             let message = parse_duration(text).expect_err(text);
