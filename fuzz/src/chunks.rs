@@ -3,12 +3,12 @@
 /// A byte that no text has stands for this many letters: long events, from small files.
 const LONG: usize = 9000;
 
-/// The bytes with every 0x01 made into a long run of letters; at most a quarter of a megabyte.
+/// The bytes with every 0x01 made into a long run of letters; at most about six of them.
 pub fn expand(bytes: &[u8]) -> Vec<u8> {
     let mut expanded = Vec::with_capacity(bytes.len());
     for byte in bytes {
         match byte {
-            1 if expanded.len() < 256 << 10 => expanded.resize(expanded.len() + LONG, b'x'),
+            1 if expanded.len() < 48 << 10 => expanded.resize(expanded.len() + LONG, b'x'),
             other => expanded.push(*other),
         }
     }
@@ -21,11 +21,12 @@ pub fn cuts(bytes: &[u8]) -> Vec<Vec<&[u8]>> {
     if bytes.len() <= 64 {
         all.extend((1..bytes.len()).map(|at| vec![&bytes[..at], &bytes[at..]]));
     }
+    let mut chance = Chance::of(bytes);
     if bytes.len() <= 4096 {
         all.push(bytes.chunks(1).collect());
+        all.push(by_chance(bytes, 8, &mut chance));
     }
-    let mut chance = Chance::of(bytes);
-    all.extend([2, 8, 100, 10_000].map(|longest| by_chance(bytes, longest, &mut chance)));
+    all.extend([200, 10_000].map(|longest| by_chance(bytes, longest, &mut chance)));
     all
 }
 

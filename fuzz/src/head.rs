@@ -1,6 +1,7 @@
 //! A request's head: whose it is, where it goes, and which of its fields go on.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::LazyLock;
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::{Request, Version, request};
@@ -18,6 +19,12 @@ const CONFIG: &str = r#"
     [clients.b]
     key = "sk-b"
 "#;
+
+static KNOWN: LazyLock<(Clients, LentKey)> = LazyLock::new(|| {
+    let config = Config::parse(CONFIG, &|_| None).expect("it is right");
+    let key = config.upstream.api_key.as_ref().expect("it has a key");
+    (Clients::new(&config), LentKey::new(key))
+});
 
 const HOST: HeaderValue = HeaderValue::from_static("gateway.test");
 
@@ -107,8 +114,7 @@ fn slow_path(path: &str) -> Option<String> {
 }
 
 fn is_known_by_its_key_alone(head: &request::Parts) {
-    let config = Config::parse(CONFIG, &|_| None).expect("it is right");
-    let clients = Clients::new(&config);
+    let (clients, _) = &*KNOWN;
     let key_fields = head.headers.iter().filter(|(name, _)| KEY_FIELDS.contains(name));
     let keys_alone: HeaderMap = key_fields.map(|(name, value)| (name.clone(), value.clone())).collect();
     let (by_all, by_keys) = (clients.identify(&head.headers, Some(PEER)), clients.identify(&keys_alone, Some(PEER)));
@@ -127,9 +133,7 @@ fn goes_on_as_it_should(head: &request::Parts) {
     let is_fine = fields::check(head, &via).is_ok();
     let hosts = head.headers.get_all(header::HOST).iter().count();
     assert!(!is_fine || hosts == 1 || hosts == 0 && head.version != Version::HTTP_11);
-    let config = Config::parse(CONFIG, &|_| None).expect("it is right");
-    let lent = config.upstream.api_key.as_ref().map(LentKey::new);
-    for (key, metered) in [(lent.as_ref(), true), (None, false)] {
+    for (key, metered) in [(Some(&KNOWN.1), true), (None, false)] {
         let mut sent = head.clone();
         fields::to_upstream(&mut sent, &HOST, &via, key, metered);
         fields_are_right(&head.headers, &sent.headers, key.is_some());
