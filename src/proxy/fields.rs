@@ -1,7 +1,7 @@
 //! The header fields of an intermediary: what is checked, dropped, replaced and added (RFC 9110, section 7).
 
 use bytes::Bytes;
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::header::{self, Entry, HeaderMap, HeaderName, HeaderValue};
 use http::uri::Authority;
 use http::{Method, Version, request, response};
 use zeroize::Zeroizing;
@@ -82,8 +82,9 @@ pub fn to_upstream(head: &mut request::Parts, host: &HeaderValue, via: &Via, key
     if head.version == Version::HTTP_2 {
         join_cookies(fields);
     }
-    if let Some(key) = key {
-        key.replace_others(fields);
+    match key {
+        Some(key) => key.replace_others(fields),
+        None => hide_keys(fields),
     }
 }
 
@@ -121,6 +122,15 @@ fn join_cookies(fields: &mut HeaderMap) {
         && let Ok(cookie) = HeaderValue::from_bytes(&crumbs.join(&b"; "[..]))
     {
         fields.insert(header::COOKIE, cookie);
+    }
+}
+
+/// Keeps clients' own keys out of whatever shows fields, such as `Debug`.
+fn hide_keys(fields: &mut HeaderMap) {
+    for name in &KEY_FIELDS {
+        if let Entry::Occupied(mut keys) = fields.entry(name) {
+            keys.iter_mut().for_each(|key| key.set_sensitive(true));
+        }
     }
 }
 
@@ -262,6 +272,14 @@ mod tests {
             (&head.headers["authorization"], &head.headers["x-api-key"]),
             (&HeaderValue::from_static("Bearer sk-upstream"), &HeaderValue::from_static("sk-upstream"))
         );
+    }
+
+    #[test]
+    fn clients_keys_that_go_through_are_hidden_from_debug_output() {
+        let mut head = head(&[("authorization", "Bearer mine"), ("authorization", "mine"), ("x-api-key", "mine")]);
+        to_upstream(&mut head, &HeaderValue::from_static("gateway"), &Via::new("a"), None, true);
+        assert!(!format!("{:?}", head.headers).contains("mine"));
+        assert_eq!(head.headers.get_all("authorization").iter().count(), 2);
     }
 
     #[test]
