@@ -15,12 +15,17 @@ pub fn expand(bytes: &[u8]) -> Vec<u8> {
     expanded
 }
 
-/// The bytes cut into chunks: as one, into two at every place if they are few, into single bytes, and by chance.
+/// At so many places at most the bytes are cut into two.
+const MOST_HALVES: usize = 64;
+
+/// The bytes cut into chunks: as one, into two at every place if they are few and else around line breaks, into single
+/// bytes, and by chance.
 pub fn cuts(bytes: &[u8]) -> Vec<Vec<&[u8]>> {
     let mut all = vec![vec![bytes]];
-    if bytes.len() <= 64 {
-        all.extend((1..bytes.len()).map(|at| vec![&bytes[..at], &bytes[at..]]));
-    }
+    let is_break = |byte: &u8| matches!(byte, b'\r' | b'\n');
+    let is_place = |at: &usize| bytes.len() <= MOST_HALVES || bytes[at - 1..=*at].iter().any(is_break);
+    let places = (1..bytes.len()).filter(is_place).take(MOST_HALVES);
+    all.extend(places.map(|at| vec![&bytes[..at], &bytes[at..]]));
     let mut chance = Chance::of(bytes);
     if bytes.len() <= 4096 {
         all.push(bytes.chunks(1).collect());

@@ -19,8 +19,8 @@ pub fn check(json: &[u8]) {
         assert!(usage.quota() >= usage.completion);
         assert_eq!(usage.merge(usage), usage);
     }
-    // A key with escapes is no key to weir; and an object that is read twice has both of its usages looked at.
-    let has_escapes = json.contains(&b'\\');
+    // A key with such escapes is no key to weir.
+    let has_escapes = json.windows(2).any(|pair| pair == b"\\u");
     if let Some(root) = Json::read(json).filter(|_| !has_escapes && json.len() <= KEPT) {
         assert_eq!(tails[0], in_document(&root));
         assert_eq!(told, in_event(&root));
