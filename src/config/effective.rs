@@ -35,8 +35,8 @@ impl Config {
         writeln!(f, "keep_alive = \"{}\"", format_duration(server.keep_alive))?;
         writeln!(f, "drain = \"{}\"", format_duration(server.drain))?;
         writeln!(f, "allow_anonymous = {}", server.allow_anonymous)?;
-        writeln!(f, "\n[upstream]\nbase_url = \"{}\"", self.upstream.base_url)?;
-        self.upstream.api_key.as_ref().map_or(Ok(()), |key| writeln!(f, "api_key = \"{key}\""))
+        writeln!(f, "\n[upstream]\nbase_url = {}", quoted(&self.upstream.base_url))?;
+        self.upstream.api_key.as_ref().map_or(Ok(()), |key| writeln!(f, "api_key = {}", quoted(key)))
     }
 
     fn write_limits(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -72,7 +72,7 @@ impl Config {
 
     fn write_models(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (name, limits) in &self.models {
-            writeln!(f, "\n[models.{name:?}]")?;
+            writeln!(f, "\n[models.{}]", quoted(name))?;
             write_limit_table(f, limits)?;
         }
         Ok(())
@@ -81,7 +81,7 @@ impl Config {
     fn write_clients(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (name, client) in &self.clients {
             writeln!(f, "\n[clients.{}]", quoted(name))?;
-            writeln!(f, "key = \"{}\"\nweight = {}", client.key, client.weight)?;
+            writeln!(f, "key = {}\nweight = {}", quoted(&client.key), client.weight)?;
             if let Some(max_wait) = client.max_wait {
                 writeln!(f, "max_wait = \"{}\"", format_duration(max_wait))?;
             }
@@ -104,9 +104,18 @@ fn write_rate(f: &mut fmt::Formatter<'_>, key: &str, rate: Option<Rate>) -> fmt:
     rate.map_or(Ok(()), |rate| writeln!(f, "{key} = {{ rate = \"{rate}\", burst = {} }}", rate.burst))
 }
 
-/// A client's name as a key: it has no character that TOML would have written otherwise, but these two.
-fn quoted(name: &str) -> String {
-    format!("\"{}\"", name.replace('\\', "\\\\").replace('"', "\\\""))
+/// Text as TOML has it between quotes. (Rust's own way to escape is another: what it writes as `\u{301}` TOML cannot read.)
+fn quoted(text: &impl ToString) -> String {
+    let mut quoted = String::from('"');
+    for c in text.to_string().chars() {
+        match c {
+            '"' | '\\' => quoted.extend(['\\', c]),
+            c if c.is_control() => quoted.push_str(&format!("\\u{:04X}", u32::from(c))),
+            c => quoted.push(c),
+        }
+    }
+    quoted.push('"');
+    quoted
 }
 
 impl fmt::Display for Mode {

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use reader::{Document, FromToml, Section};
 use toml::de::DeValue;
+use zeroize::Zeroizing;
 
 pub use client::{Client, NOBODY, Weight};
 pub use reader::Complaint;
@@ -204,6 +205,8 @@ impl Config {
             let message = format!("cannot read {}: {error}", path.display());
             Complaints(vec![Complaint { line: None, path: String::new(), message }])
         })?;
+        // Secrets may stand in it.
+        let source = Zeroizing::new(source);
         Self::parse(&source, &|name| std::env::var(name).ok())
     }
 
@@ -316,7 +319,7 @@ impl Upstream {
 impl Secret {
     /// The secret that is written at `key`; `None` where it is absent or cannot be found (which is a complaint).
     fn read<'s>(section: &Section<'s>, key: &'s str, env: &dyn Fn(&str) -> Option<String>) -> Option<Self> {
-        let written = section.get::<String>(key)?;
+        let written = Zeroizing::new(section.get::<String>(key)?);
         Self::resolve(&written, env).map_err(|message| section.complain(key, message)).ok()
     }
 }

@@ -261,7 +261,9 @@ impl FromToml for f64 {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let number = match value {
             DeValue::Float(float) => float.as_str().parse().ok(),
-            DeValue::Integer(integer) => integer.as_str().parse().ok(),
+            DeValue::Integer(integer) => {
+                i64::from_str_radix(integer.as_str(), integer.radix()).ok().map(|integer| integer as Self)
+            }
             _ => None,
         };
         number.filter(|number: &f64| number.is_finite()).ok_or_else(|| "write a number, such as 0.2".to_owned())

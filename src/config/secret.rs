@@ -24,15 +24,17 @@ impl Secret {
     /// # Errors
     /// Says which variable or file is missing or empty, never what is in it.
     pub fn resolve(written: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, String> {
+        // What was read is wiped as well as what is kept.
         let (value, source) = if let Some(name) = written.strip_prefix("env:") {
-            let value = env(name).ok_or_else(|| format!("the environment variable {name} is not set"))?;
+            let value =
+                env(name).map(Zeroizing::new).ok_or_else(|| format!("the environment variable {name} is not set"))?;
             (value, Source::Environment(name.to_owned()))
         } else if let Some(path) = written.strip_prefix("file:") {
             let value =
                 std::fs::read_to_string(path).map_err(|error| format!("cannot read the file {path}: {error}"))?;
-            (value, Source::File(path.to_owned()))
+            (Zeroizing::new(value), Source::File(path.to_owned()))
         } else {
-            (written.to_owned(), Source::Inline)
+            (Zeroizing::new(written.to_owned()), Source::Inline)
         };
         let secret = Self { value: Zeroizing::new(value.trim().to_owned()), source };
         match secret.value.as_str() {

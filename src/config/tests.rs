@@ -100,6 +100,25 @@ fn what_check_prints_reads_back_as_the_same_configuration() {
 }
 
 #[test]
+fn what_check_prints_reads_back_whatever_characters_it_has() {
+    let source = r#"
+        [upstream]
+        base_url = 'http://gateway.test/a"b'
+        api_key = 'env:A "KEY" \ \u'
+        [retry]
+        budget = 0xa
+        [models."a\u0301\u007F\u0000\n\"\\\u200B"]
+        requests = "1/s"
+        [clients.quote]
+        key = 'env:"'
+    "#;
+    let environment = |name: &str| Some(format!("sk-{}", name.len()));
+    let config = Config::parse(source, &environment).expect("a good configuration");
+    assert_eq!(config.retry.budget, 10.0);
+    assert_eq!(Config::parse(&config.to_string(), &environment), Ok(config));
+}
+
+#[test]
 fn ten_mistakes_are_ten_complaints_each_with_its_place() {
     let found = complaints(
         r#"[server]

@@ -6,7 +6,8 @@
 use std::fmt;
 use std::time::Duration;
 
-/// Reads a duration: a number and one of `ms`, `s`, `min`, `h`; `"1.5s"` is fine.
+/// Reads a duration: a number and one of `ms`, `s`, `min`, `h`; `"1.5s"` is fine. It is rounded to whole milliseconds, and
+/// is none only if 0 was written.
 ///
 /// # Errors
 /// Says what is wrong and shows a duration that would do.
@@ -27,7 +28,9 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     if seconds > 365.0 * 86_400.0 {
         return Err(format!("{text:?} is longer than a year; {EXAMPLE}"));
     }
-    Ok(Duration::from_secs_f64(seconds))
+    // Whole milliseconds are what can be written again; a time that is no time at all says so with a 0.
+    let millis = (seconds * 1000.0).round() as u64;
+    Ok(Duration::from_millis(if seconds > 0.0 { millis.max(1) } else { 0 }))
 }
 
 /// Writes a duration as [`parse_duration`] reads it, in the largest unit that keeps it whole.
@@ -175,6 +178,15 @@ mod tests {
             assert_eq!(format_duration(parse_duration(text).expect(text)), text);
         }
         assert_eq!(parse_duration("1.5s"), Ok(Duration::from_millis(1500)));
+    }
+
+    #[test]
+    fn a_duration_is_whole_milliseconds_so_that_it_can_be_written() {
+        for (text, written) in
+            [("1.1h", "66min"), ("0.1ms", "1ms"), ("1.4999s", "1500ms"), ("0.0s", "0s"), (".5s", "500ms")]
+        {
+            assert_eq!(parse_duration(text).map(format_duration), Ok(written.to_owned()), "{text}");
+        }
     }
 
     #[test]

@@ -25,7 +25,9 @@ impl UpstreamUrl {
     /// # Errors
     /// Says what is wrong with it and shows one that would do.
     pub fn parse(text: &str) -> Result<Self, String> {
-        let wrong = |what: &str| format!("{text:?} {what}; write a base URL, as in \"https://api.holysheep.ai/v1\"");
+        // A password may stand in it.
+        let shown = if text.contains('@') { "the URL".to_owned() } else { format!("{text:?}") };
+        let wrong = |what: &str| format!("{shown} {what}; write a base URL, as in \"https://api.holysheep.ai/v1\"");
         let uri: Uri = text.parse().map_err(|_| wrong("is not a URL"))?;
         let parts = uri.into_parts();
         let scheme = match parts.scheme {
@@ -110,7 +112,11 @@ mod tests {
         ] {
             assert!(UpstreamUrl::parse(text).is_err(), "{text}");
         }
-        let message = UpstreamUrl::parse("https://user:password@a/v1").expect_err("has a password");
-        assert!(!message.contains("password@"), "{message}");
+        for text in
+            ["https://user:password@a/v1", "user:password@a", "ftp://user:password@a/", "https://user:password@a b"]
+        {
+            let message = UpstreamUrl::parse(text).expect_err("has a password");
+            assert!(!message.contains("password@"), "{message}");
+        }
     }
 }

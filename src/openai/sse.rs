@@ -17,6 +17,8 @@ pub struct Scanner {
     truncated: bool,
     /// What it said the event's name is.
     name: Option<Vec<u8>>,
+    /// It had a name or data, so that it is no mere comment.
+    says_something: bool,
 }
 
 /// One event with a name or data; comments and bare keep-alives are none.
@@ -56,21 +58,24 @@ impl Scanner {
             return &[];
         };
         self.partial.extend_from_slice(&chunk[..end]);
-        if self.truncated {
+        let event = Event::parse(&self.partial);
+        if self.truncated && (self.says_something || event.is_some()) {
             seen(Event { name: self.name.as_deref(), data: &self.partial })
-        } else if let Some(event) = Event::parse(&self.partial) {
+        } else if let Some(event) = event {
             seen(event)
         }
         self.partial.clear();
-        (self.truncated, self.name) = (false, None);
+        (self.truncated, self.name, self.says_something) = (false, None, false);
         &chunk[end..]
     }
 
     fn keep(&mut self, bytes: &[u8]) {
         self.partial.extend_from_slice(bytes);
         if self.partial.len() > 2 * KEPT {
+            let event = Event::parse(&self.partial);
+            self.says_something |= event.is_some();
             if !self.truncated {
-                self.name = Event::parse(&self.partial).and_then(|event| event.name).map(<[u8]>::to_vec);
+                self.name = event.and_then(|event| event.name).map(<[u8]>::to_vec);
             }
             self.partial.drain(..self.partial.len() - KEPT);
             self.truncated = true;
@@ -176,6 +181,14 @@ mod tests {
         assert!(scan(&[b"data: whole\n\n"]).1);
         assert!(scan(&[b"data: whole\r\n\r", b"\n"]).1);
         assert!(scan(&[]).1);
+    }
+
+    #[test]
+    fn a_comment_is_no_event_however_long_it_is() {
+        let comment = [b":", &[b'x'; 3 * KEPT][..], b"\n\n"].concat();
+        let pieces: Vec<&[u8]> = comment.chunks(1000).collect();
+        assert_eq!(scan(&[&comment]), (vec![], true));
+        assert_eq!(scan(&pieces), (vec![], true));
     }
 
     #[test]

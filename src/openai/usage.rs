@@ -83,6 +83,7 @@ fn find(json: &[u8], in_its_place: impl Fn(&Outline<'_>) -> bool) -> Option<Usag
             outline.step_back();
         }
         if !outline.in_string
+            && !is_escaped(json, at)
             && in_its_place(&outline)
             && let Some(usage) = read(&json[at + key.len()..])
         {
@@ -107,16 +108,11 @@ impl Outline<'_> {
     fn step_back(&mut self) {
         self.at -= 1;
         match self.json[self.at] {
-            b'"' if !self.is_escaped() => self.in_string = !self.in_string,
+            b'"' if !is_escaped(self.json, self.at) => self.in_string = !self.in_string,
             b'}' | b']' if !self.in_string => self.depth += 1,
             b'{' | b'[' if !self.in_string => self.depth = self.depth.saturating_sub(1),
             _ => {}
         }
-    }
-
-    /// Whether an odd number of backslashes stands before this place.
-    fn is_escaped(&self) -> bool {
-        self.json[..self.at].iter().rev().take_while(|byte| **byte == b'\\').count() % 2 == 1
     }
 
     /// Whether the object around this place has one of these keys. One whose beginning is cut off might.
@@ -129,8 +125,15 @@ impl Outline<'_> {
             outside.step_back();
         }
         let before = self.json[..outside.at].trim_ascii_end();
-        before.strip_suffix(b":").is_some_and(|key| keys.iter().any(|known| key.trim_ascii_end().ends_with(known)))
+        let Some(key) = before.strip_suffix(b":").map(<[u8]>::trim_ascii_end) else { return false };
+        let is_key = |known: &&[u8]| key.strip_suffix(*known).is_some_and(|before| !is_escaped(key, before.len()));
+        keys.iter().any(is_key)
     }
+}
+
+/// Whether an odd number of backslashes stands before this place.
+fn is_escaped(json: &[u8], at: usize) -> bool {
+    json[..at].iter().rev().take_while(|byte| **byte == b'\\').count() % 2 == 1
 }
 
 /// Reads `: {…}`, whatever follows it.
@@ -255,6 +258,8 @@ mod tests {
     fn the_word_inside_a_string_is_not_usage() {
         assert_eq!(of_event(br#"{"content":"the \"usage\":{\"prompt_tokens\":9}"}"#), None);
         assert_eq!(of_event(br#"{"content":"usage","usage":null}"#), None);
+        assert_eq!(of_event(br#"{"a\"usage":{"prompt_tokens":9}}"#), None, "a key that ends so");
+        assert_eq!(of_event(br#"{"a\"response":{"usage":{"prompt_tokens":9}}}"#), None, "the same");
         assert_eq!(of_event(br#"{"usage":{"prompt_tokens":"#), None);
     }
 

@@ -91,8 +91,8 @@ impl Proxy {
         let model = self.model(endpoint, peek.model.as_deref());
         ledger.set_model(model);
         let (by_client, patience) = (headers::client_retries(&head.headers), headers::client_patience(&head.headers));
-        let key = config.upstream.api_key.as_ref();
-        fields::to_upstream(&mut head, &self.shared.host, &self.shared.via, key, endpoint.is_some());
+        let Shared { host, via, key, .. } = &*self.shared;
+        fields::to_upstream(&mut head, host, via, key.as_ref(), endpoint.is_some());
         let outgoing = Outgoing::new(head.method, &target, &head.headers);
         let size = endpoint.map(|endpoint| size_of(endpoint, &peek));
         let may_be_asked = || self.shared.usage_option.may_be_asked(model, Instant::now());

@@ -1,8 +1,10 @@
 //! The header fields of an intermediary: what is checked, dropped, replaced and added (RFC 9110, section 7).
 
-use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use bytes::Bytes;
+use http::header::{self, Entry, HeaderMap, HeaderName, HeaderValue};
 use http::uri::Authority;
 use http::{Method, Version, request, response};
+use zeroize::Zeroizing;
 
 use crate::clients::KEY_FIELDS;
 use crate::config::Secret;
@@ -65,7 +67,7 @@ fn check_host(head: &request::Parts) -> Result<(), &'static str> {
 }
 
 /// Makes a client's fields those of the request to the gateway.
-pub fn to_upstream(head: &mut request::Parts, host: &HeaderValue, via: &Via, key: Option<&Secret>, metered: bool) {
+pub fn to_upstream(head: &mut request::Parts, host: &HeaderValue, via: &Via, key: Option<&LentKey>, metered: bool) {
     let fields = &mut head.headers;
     strip_hop_by_hop(fields);
     // The length is the body's own, and weir has answered the expectation already.
@@ -80,8 +82,9 @@ pub fn to_upstream(head: &mut request::Parts, host: &HeaderValue, via: &Via, key
     if head.version == Version::HTTP_2 {
         join_cookies(fields);
     }
-    if let Some(key) = key {
-        replace_keys(fields, key);
+    match key {
+        Some(key) => key.replace_others(fields),
+        None => hide_keys(fields),
     }
 }
 
@@ -100,9 +103,8 @@ fn strip_hop_by_hop(fields: &mut HeaderMap) {
         let named: Vec<HeaderName> = fields
             .get_all(header::CONNECTION)
             .iter()
-            .filter_map(|value| value.to_str().ok())
-            .flat_map(|value| value.split(','))
-            .filter_map(|name| name.trim().parse().ok())
+            .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+            .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
             .collect();
         for name in named {
             fields.remove(name);
@@ -123,20 +125,45 @@ fn join_cookies(fields: &mut HeaderMap) {
     }
 }
 
-/// Puts the upstream's key where the client's own was, and into `Authorization` in any case.
-fn replace_keys(fields: &mut HeaderMap, key: &Secret) {
-    let sensitive = |text: &str| {
-        let mut value = HeaderValue::from_str(text).expect("a secret was checked to be visible ASCII");
-        value.set_sensitive(true);
-        value
-    };
-    let [authorization, others @ ..] = &KEY_FIELDS;
-    for name in others {
-        if fields.remove(name).is_some() {
-            fields.insert(name, sensitive(key.reveal()));
+/// Keeps clients' own keys out of whatever shows fields, such as `Debug`.
+fn hide_keys(fields: &mut HeaderMap) {
+    for name in &KEY_FIELDS {
+        if let Entry::Occupied(mut keys) = fields.entry(name) {
+            keys.iter_mut().for_each(|key| key.set_sensitive(true));
         }
     }
-    fields.insert(authorization, sensitive(&format!("Bearer {}", key.reveal())));
+}
+
+/// The upstream's key as it stands in the fields of requests to the gateway. All of them share its bytes, which are wiped
+/// from memory with the last.
+pub struct LentKey {
+    bearer: HeaderValue,
+    bare: HeaderValue,
+}
+
+impl LentKey {
+    /// The fields' values for this key.
+    pub fn new(key: &Secret) -> Self {
+        let sensitive = |scheme: &str| {
+            let text = Zeroizing::new([scheme, key.reveal()].concat().into_bytes());
+            let value = HeaderValue::from_maybe_shared(Bytes::from_owner(text));
+            let mut value = value.expect("a secret was checked to be visible ASCII");
+            value.set_sensitive(true);
+            value
+        };
+        Self { bearer: sensitive("Bearer "), bare: sensitive("") }
+    }
+
+    /// Puts the key where the client's own was, and into `Authorization` in any case.
+    fn replace_others(&self, fields: &mut HeaderMap) {
+        let [authorization, others @ ..] = &KEY_FIELDS;
+        for name in others {
+            if fields.contains_key(name) {
+                fields.insert(name, self.bare.clone());
+            }
+        }
+        fields.insert(authorization, self.bearer.clone());
+    }
 }
 
 /// This weir's name in `Via`, by which it knows its own requests again.
@@ -235,7 +262,7 @@ mod tests {
 
     #[test]
     fn the_upstreams_key_stands_wherever_the_clients_own_did() {
-        let key = Secret::resolve("sk-upstream", &|_| None).expect("a secret");
+        let key = LentKey::new(&Secret::resolve("sk-upstream", &|_| None).expect("a secret"));
         let mut head = head(&[("authorization", "Bearer mine"), ("x-api-key", "mine"), ("api-key", "mine")]);
         to_upstream(&mut head, &HeaderValue::from_static("gateway"), &Via::new("a"), Some(&key), true);
         assert!(
@@ -245,6 +272,35 @@ mod tests {
             (&head.headers["authorization"], &head.headers["x-api-key"]),
             (&HeaderValue::from_static("Bearer sk-upstream"), &HeaderValue::from_static("sk-upstream"))
         );
+    }
+
+    #[test]
+    fn clients_keys_that_go_through_are_hidden_from_debug_output() {
+        let mut head = head(&[("authorization", "Bearer mine"), ("authorization", "mine"), ("x-api-key", "mine")]);
+        to_upstream(&mut head, &HeaderValue::from_static("gateway"), &Via::new("a"), None, true);
+        assert!(!format!("{:?}", head.headers).contains("mine"));
+        assert_eq!(head.headers.get_all("authorization").iter().count(), 2);
+    }
+
+    #[test]
+    fn requests_share_the_bytes_of_the_upstreams_key() {
+        let key = LentKey::new(&Secret::resolve("sk-upstream", &|_| None).expect("a secret"));
+        let sent = || {
+            let mut head = head(&[("api-key", "mine"), ("api-key", "again")]);
+            to_upstream(&mut head, &HeaderValue::from_static("gateway"), &Via::new("a"), Some(&key), true);
+            assert_eq!(head.headers.get_all("api-key").iter().count(), 1);
+            ["authorization", "api-key"].map(|name| head.headers[name].as_bytes().as_ptr())
+        };
+        assert_eq!(sent(), sent());
+    }
+
+    #[test]
+    fn connection_is_read_whatever_else_it_has_in_it() {
+        let mut head = head(&[("x-secret", "1"), ("x-kept", "2")]);
+        let value = HeaderValue::from_bytes(b"\xff, X-SECRET\t, a b").expect("a value that hyper lets pass");
+        head.headers.append("connection", value);
+        to_upstream(&mut head, &HeaderValue::from_static("gateway"), &Via::new("a"), None, false);
+        assert!(!head.headers.contains_key("x-secret") && head.headers.contains_key("x-kept"));
     }
 
     #[test]

@@ -8,8 +8,8 @@
 mod attempt;
 mod body;
 mod call;
-mod fields;
-mod route;
+pub mod fields;
+pub mod route;
 mod usage_option;
 
 use std::net::IpAddr;
@@ -42,7 +42,7 @@ use crate::upstream::{ConnectionCounts, Upstream};
 
 use attempt::{Answer, Tried, given_up};
 use call::{AsksUsage, Call};
-use fields::Via;
+use fields::{LentKey, Via};
 use usage_option::UsageOption;
 
 /// How many of a request's attempts may find out for all whether the gateway is back, and cost it no retry.
@@ -71,6 +71,8 @@ struct Shared {
     connections: Arc<ConnectionCounts>,
     via: Via,
     host: HeaderValue,
+    /// `None` where the clients' own keys go through.
+    key: Option<LentKey>,
     /// Names this process in request ids.
     instance: String,
     requests: AtomicU64,
@@ -96,6 +98,7 @@ impl Proxy {
             connections: Arc::default(),
             via: Via::new(&instance),
             host: HeaderValue::from_str(authority).expect("an authority is visible ASCII"),
+            key: config.upstream.api_key.as_ref().map(LentKey::new),
             requests: AtomicU64::new(0),
             models,
             clients,

@@ -61,6 +61,8 @@ pub struct Gateway(Arc<State>);
 struct State {
     script: Box<Script>,
     seen: Mutex<Vec<Seen>>,
+    /// Where each connection was to lead.
+    asked_for: Mutex<Vec<String>>,
     /// When each request was done with, by its number; `None` while its script goes on.
     ended: Mutex<Vec<Option<Instant>>>,
     connections: AtomicUsize,
@@ -88,6 +90,7 @@ impl Gateway {
         Self(Arc::new(State {
             script: Box::new(script),
             seen: Mutex::default(),
+            asked_for: Mutex::default(),
             ended: Mutex::default(),
             connections: AtomicUsize::new(0),
             open: AtomicUsize::new(0),
@@ -192,7 +195,15 @@ impl Gateway {
     /// The way to it, for weir.
     pub fn connector(&self) -> Connector {
         let gateway = self.clone();
-        BoxCloneSyncService::new(service_fn(move |_uri| gateway.clone().connect()))
+        BoxCloneSyncService::new(service_fn(move |uri: http::Uri| {
+            gateway.0.asked_for.lock().expect("no test panics here").push(uri.to_string());
+            gateway.clone().connect()
+        }))
+    }
+
+    /// Where each connection that weir has asked for was to lead.
+    pub fn asked_for(&self) -> Vec<String> {
+        self.0.asked_for.lock().expect("no test panics here").clone()
     }
 
     async fn connect(self) -> Result<Io, ConnectError> {

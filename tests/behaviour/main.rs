@@ -13,6 +13,7 @@ mod limits;
 mod metering;
 mod retries;
 mod simulation;
+mod steering;
 mod timeouts;
 mod tokens;
 mod transparency;
