@@ -1,0 +1,127 @@
+//! A whole weir on sockets of this machine, before a scripted gateway.
+
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+use weir::config::Config;
+use weir::run::Running;
+
+use crate::client::{Answer, Client};
+use crate::upstream::{Act, FINE, Upstream, send};
+
+/// Whatever takes longer has failed.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// What a fine request is, at the client's side.
+const FINE_REQUEST: &str = "GET /v1/fine HTTP/1.1\r\nhost: weir.test\r\nauthorization: Bearer fine\r\n\r\n";
+
+/// The same at the gateway's.
+pub const FINE_FORWARDED: &str =
+    "GET /v1/fine HTTP/1.1\r\nhost: gateway.test\r\nauthorization: Bearer fine\r\nvia: 1.1 weir\r\n\r\n";
+
+/// weir and the gateway behind it.
+pub struct World {
+    pub upstream: Upstream,
+    running: Running,
+}
+
+impl World {
+    /// A weir with these tables of configuration, before a gateway that answers its requests as the script says.
+    pub async fn new(config: &str, script: impl Fn(usize) -> Vec<Act> + Send + Sync + 'static) -> Self {
+        let upstream = Upstream::start(script).await;
+        let ports = "[server]\nlisten = \"127.0.0.1:0\"\nadmin_listen = \"127.0.0.1:0\"\n";
+        let mut text = match config.contains("[server]\n") {
+            true => config.replacen("[server]\n", ports, 1),
+            false => format!("{ports}{config}"),
+        };
+        text += &format!("\n[upstream]\nbase_url = \"http://{}/v1\"\n", upstream.address);
+        if !text.contains("[retry]") {
+            text += "[retry]\nmax_retries = 0\n";
+        }
+        let config = Config::parse(&text, &|_| None).unwrap_or_else(|complaints| panic!("{complaints}"));
+        let running = Running::start(config).unwrap_or_else(|error| panic!("{error}"));
+        Self { upstream, running }
+    }
+
+    /// Before a gateway at which all is well.
+    pub async fn fine() -> Self {
+        Self::new("", |_| vec![send(FINE)]).await
+    }
+
+    /// A new connection.
+    pub async fn client(&self) -> Client {
+        Client::connect(self.running.addresses[0]).await
+    }
+
+    /// The same, as a socket.
+    pub async fn socket(&self) -> TcpStream {
+        TcpStream::connect(self.running.addresses[0]).await.expect("weir listens")
+    }
+
+    /// What these bytes are answered with, on a connection of their own.
+    pub async fn answer_to(&self, bytes: impl AsRef<[u8]>) -> Answer {
+        let mut client = self.client().await;
+        client.write(bytes).await;
+        client.answer().await.expect("an answer")
+    }
+
+    /// weir still serves, and nobody holds anything any more.
+    pub async fn is_well(&self, case: &str) {
+        let answer = self.answer_to(FINE_REQUEST).await;
+        assert_eq!((answer.status, answer.text().as_str()), (200, "fine"), "{case}: the next request is served");
+        self.holds_nothing(case).await;
+    }
+
+    /// Waits until nobody holds a slot, a place in the queue, memory or a connection.
+    pub async fn holds_nothing(&self, case: &str) {
+        let mut held = Vec::new();
+        let looking = async {
+            loop {
+                held = self.held().await;
+                if held.is_empty() {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let ended = tokio::time::timeout(DEADLINE, looking).await;
+        assert!(ended.is_ok(), "{case}: this is not given back: {held:#?}");
+    }
+
+    async fn held(&self) -> Vec<String> {
+        let mut admin = Client::connect(self.running.admin_address).await;
+        admin.write("GET /metrics HTTP/1.1\r\nhost: admin.test\r\nconnection: close\r\n\r\n").await;
+        let metrics = admin.answer().await.expect("an answer").text();
+        const HELD: [&str; 5] = [
+            "weir_in_flight{",
+            "weir_waiting{",
+            "weir_buffered_bytes",
+            "weir_reserved_tokens",
+            "weir_upstream_connections{state=\"active\"}",
+        ];
+        let is_held = |line: &&str| HELD.iter().any(|name| line.starts_with(name)) && !line.ends_with(" 0");
+        metrics.lines().filter(is_held).map(str::to_owned).collect()
+    }
+}
+
+/// What this comes to, which must not take for ever.
+pub async fn within<T>(what: &str, awaited: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(DEADLINE, awaited).await {
+        Ok(result) => result,
+        Err(_) => panic!("this has never happened: {what}"),
+    }
+}
+
+/// Runs every case to its end, and says of all that failed what failed.
+pub async fn each<F: Future<Output = ()> + Send + 'static>(cases: impl IntoIterator<Item = (String, F)>) {
+    let mut failures = Vec::new();
+    for (name, case) in cases {
+        // A task, since it may panic.
+        if let Err(failed) = tokio::spawn(case).await {
+            let panic = failed.into_panic();
+            let text = panic.downcast_ref::<String>().map_or_else(|| format!("{panic:?}"), String::clone);
+            failures.push(format!("[{name}] {text}"));
+        }
+    }
+    assert!(failures.is_empty(), "{} failed:\n{}\n", failures.len(), failures.join("\n"));
+}
