@@ -2,13 +2,8 @@
 
 use crate::client::{Client, Closed, End};
 use crate::message::escaped;
-use crate::upstream::{Act, FINE, send};
-use crate::world::{FINE_FORWARDED, World, each};
-
-const GET: &str = "GET /v1/files/a HTTP/1.1\r\nhost: weir.test\r\n\r\n";
-
-/// What the gateway is asked with that.
-const FORWARDED: &str = "GET /v1/files/a HTTP/1.1\r\nhost: gateway.test\r\nvia: 1.1 weir\r\n\r\n";
+use crate::upstream::{Act, FINE, chunked, ok, send};
+use crate::world::{FINE_FORWARDED, FORWARDED, GET, Named, World, each, named};
 
 /// What becomes of the gateway's connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,8 +31,8 @@ impl Case {
         Self { last: Some(last), ..self }
     }
 
-    fn named(self) -> (String, impl Future<Output = ()> + Send) {
-        (self.name.to_owned(), self.holds())
+    fn named(self) -> Named {
+        named(self.name, self.holds())
     }
 
     /// Asks, reads the answer, and sees what has become of the gateway's connection by asking once more.
@@ -76,14 +71,6 @@ async fn is_used_again(world: &World, name: &str, mut client: Client, then: Then
     let connections = if then == Then::Reused { 1 } else { 2 };
     assert_eq!(world.upstream.connections().len(), connections, "{name}: connections to the gateway");
     world.is_well(name).await;
-}
-
-fn ok(fields: &str, body: &str) -> String {
-    format!("HTTP/1.1 200 OK\r\n{fields}\r\n\r\n{body}")
-}
-
-fn chunked(body: &str) -> String {
-    ok("transfer-encoding: chunked", body)
 }
 
 #[tokio::test]

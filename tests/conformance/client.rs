@@ -90,8 +90,8 @@ impl Client {
     /// The next head, be it an informational answer's.
     pub async fn head(&mut self) -> Option<String> {
         loop {
-            if let Some(head) = head_of(&self.unread) {
-                self.unread.drain(..head.len());
+            if let Some((head, used)) = head_of(&self.unread) {
+                self.unread.drain(..used);
                 return Some(head);
             }
             if !self.read().await {

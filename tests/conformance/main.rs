@@ -7,3 +7,4 @@ mod upstream;
 mod world;
 
 mod answer_framing;
+mod answer_heads;

@@ -19,13 +19,14 @@ pub enum Found {
     Partial(Vec<u8>),
 }
 
-/// The head at the beginning, with its blank line; `None` where that has not come yet.
-pub fn head_of(bytes: &[u8]) -> Option<String> {
+/// The head at the beginning, with its blank line, and how many bytes that is; `None` where it has not come yet. Bytes beyond
+/// ASCII are shown as the Latin-1 that they were once.
+pub fn head_of(bytes: &[u8]) -> Option<(String, usize)> {
     let end = find(bytes, b"\r\n\r\n")? + 4;
-    let head = String::from_utf8_lossy(&bytes[..end]).into_owned();
+    let head: String = bytes[..end].iter().map(|byte| char::from(*byte)).collect();
     let lone = |(at, _): (usize, &str)| at == 0 || head.as_bytes()[at - 1] != b'\r';
     assert!(!head.match_indices('\n').any(lone), "a line of this head ends in a bare LF: {head:?}");
-    Some(head)
+    Some((head, end))
 }
 
 /// The values of a field, in order.

@@ -32,6 +32,16 @@ pub fn send(bytes: impl AsRef<[u8]>) -> Act {
 /// An answer that nothing is wrong with.
 pub const FINE: &str = "HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nfine";
 
+/// An answer with these fields and this body.
+pub fn ok(fields: &str, body: &str) -> String {
+    format!("HTTP/1.1 200 OK\r\n{fields}\r\n\r\n{body}")
+}
+
+/// An answer with this chunked body.
+pub fn chunked(body: &str) -> String {
+    ok("transfer-encoding: chunked", body)
+}
+
 /// What came over one connection.
 #[derive(Debug, Clone, Default)]
 pub struct Connection {
@@ -169,7 +179,7 @@ impl Conversation {
     }
 
     async fn converse(&mut self) {
-        while let Some(head) = self.head().await {
+        while let Some((head, used)) = self.head().await {
             let number = self.inner.change(|record| {
                 record.requests += 1;
                 record.requests - 1
@@ -178,7 +188,7 @@ impl Conversation {
             let early = matches!(acts.first(), Some(Act::Early));
             if early {
                 acts.remove(0);
-            } else if !self.body(&head).await {
+            } else if !self.body(&head, used).await {
                 return;
             }
             for act in acts {
@@ -186,14 +196,14 @@ impl Conversation {
                     return;
                 }
             }
-            if early && !self.body(&head).await {
+            if early && !self.body(&head, used).await {
                 return;
             }
         }
     }
 
     /// The next head; `None` when weir has closed the connection.
-    async fn head(&mut self) -> Option<String> {
+    async fn head(&mut self) -> Option<(String, usize)> {
         loop {
             if let Some(head) = self.unread(head_of) {
                 return Some(head);
@@ -205,12 +215,12 @@ impl Conversation {
     }
 
     /// Reads a request to its end; `false` when weir has closed the connection before.
-    async fn body(&mut self, head: &str) -> bool {
+    async fn body(&mut self, head: &str, head_bytes: usize) -> bool {
         let framing = framing(head, Framing::None);
         loop {
-            let found = self.unread(|bytes| body_of(&bytes[head.len()..], framing));
+            let found = self.unread(|bytes| body_of(&bytes[head_bytes..], framing));
             if let Found::Whole { used, .. } = found {
-                self.read += head.len() + used;
+                self.read += head_bytes + used;
                 return true;
             }
             if !self.read().await {

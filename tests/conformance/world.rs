@@ -1,5 +1,6 @@
 //! A whole weir on sockets of this machine, before a scripted gateway.
 
+use std::pin::Pin;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
@@ -11,6 +12,12 @@ use crate::upstream::{Act, FINE, Upstream, send};
 
 /// Whatever takes longer has failed.
 const DEADLINE: Duration = Duration::from_secs(10);
+
+/// A request about which nothing is odd.
+pub const GET: &str = "GET /v1/files/a HTTP/1.1\r\nhost: weir.test\r\n\r\n";
+
+/// What the gateway is asked with that.
+pub const FORWARDED: &str = "GET /v1/files/a HTTP/1.1\r\nhost: gateway.test\r\nvia: 1.1 weir\r\n\r\n";
 
 /// What a fine request is, at the client's side.
 const FINE_REQUEST: &str = "GET /v1/fine HTTP/1.1\r\nhost: weir.test\r\nauthorization: Bearer fine\r\n\r\n";
@@ -112,10 +119,18 @@ pub async fn within<T>(what: &str, awaited: impl Future<Output = T>) -> T {
     }
 }
 
+/// One of many, by its name.
+pub struct Named(String, Pin<Box<dyn Future<Output = ()> + Send>>);
+
+/// Names a case.
+pub fn named(name: impl Into<String>, case: impl Future<Output = ()> + Send + 'static) -> Named {
+    Named(name.into(), Box::pin(case))
+}
+
 /// Runs every case to its end, and says of all that failed what failed.
-pub async fn each<F: Future<Output = ()> + Send + 'static>(cases: impl IntoIterator<Item = (String, F)>) {
+pub async fn each(cases: impl IntoIterator<Item = Named>) {
     let mut failures = Vec::new();
-    for (name, case) in cases {
+    for Named(name, case) in cases {
         // A task, since it may panic.
         if let Err(failed) = tokio::spawn(case).await {
             let panic = failed.into_panic();
