@@ -8,3 +8,5 @@ mod world;
 
 mod answer_framing;
 mod answer_heads;
+mod bodies;
+mod pace;
