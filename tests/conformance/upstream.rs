@@ -20,6 +20,8 @@ pub enum Act {
     Gate,
     Close,
     Reset,
+    /// Says that nothing more is to come, and reads on until weir closes the connection.
+    Finish,
     /// Says nothing more, and waits until weir closes the connection.
     Stall,
 }
@@ -146,11 +148,17 @@ impl Upstream {
 
 /// Bytes as text in which nothing is lost; lines end as they are written in the tests.
 fn escaped_whole(bytes: &[u8]) -> String {
-    let escape = |byte: &u8| match byte {
-        b'\r' | b'\n' | b'"' | b'\'' | b'\\' | b'\t' => char::from(*byte).to_string(),
-        other => other.escape_ascii().to_string(),
-    };
-    bytes.iter().map(escape).collect()
+    let plain = |byte: &u8| matches!(byte, b' '..=b'~' | b'\r' | b'\n' | b'\t');
+    let mut text = String::with_capacity(bytes.len());
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let end = rest.iter().position(|byte| !plain(byte)).unwrap_or(rest.len());
+        text.push_str(std::str::from_utf8(&rest[..end]).expect("it is ASCII"));
+        let escaped = rest.get(end).map(|byte| format!("\\x{byte:02x}"));
+        text.extend(escaped);
+        rest = rest.get(end + 1..).unwrap_or_default();
+    }
+    text
 }
 
 impl Inner {
@@ -243,6 +251,11 @@ impl Conversation {
             Act::Close => return false,
             Act::Reset => {
                 self.io.set_zero_linger().expect("a socket");
+                return false;
+            }
+            Act::Finish => {
+                let _ = self.io.shutdown().await;
+                while self.read().await {}
                 return false;
             }
             Act::Stall => {
