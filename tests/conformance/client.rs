@@ -1,6 +1,7 @@
 //! A client that writes bytes as it likes, and reads answers strictly.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -56,6 +57,16 @@ impl Client {
     /// Writes as much as weir takes before it closes the connection.
     pub async fn write(&mut self, bytes: impl AsRef<[u8]>) {
         let _ = within("weir reads", self.io.write_all(bytes.as_ref())).await;
+    }
+
+    /// Writes one piece after the other, for as long as weir reads them.
+    pub async fn drip(&mut self, piece: &str) {
+        let writing = async {
+            while !piece.is_empty() && self.io.write_all(piece.as_bytes()).await.is_ok() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        within("weir has had enough", writing).await;
     }
 
     /// Says that nothing more is to come.

@@ -10,3 +10,7 @@ mod answer_framing;
 mod answer_heads;
 mod bodies;
 mod pace;
+mod request_fields;
+mod request_framing;
+mod request_lines;
+mod turns;

@@ -1,6 +1,7 @@
 //! A whole weir on sockets of this machine, before a scripted gateway.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
@@ -8,6 +9,7 @@ use weir::config::Config;
 use weir::run::Running;
 
 use crate::client::{Answer, Client};
+use crate::message::escaped;
 use crate::upstream::{Act, FINE, Upstream, send};
 
 /// Whatever takes longer has failed.
@@ -41,7 +43,11 @@ impl World {
             true => config.replacen("[server]\n", ports, 1),
             false => format!("{ports}{config}"),
         };
-        text += &format!("\n[upstream]\nbase_url = \"http://{}/v1\"\n", upstream.address);
+        let base_url = format!("[upstream]\nbase_url = \"http://{}/v1\"\n", upstream.address);
+        text = match text.contains("[upstream]\n") {
+            true => text.replacen("[upstream]\n", &base_url, 1),
+            false => format!("{text}\n{base_url}"),
+        };
         if !text.contains("[retry]") {
             text += "[retry]\nmax_retries = 0\n";
         }
@@ -139,4 +145,61 @@ pub async fn each(cases: impl IntoIterator<Item = Named>) {
         }
     }
     assert!(failures.is_empty(), "{} failed:\n{}\n", failures.len(), failures.join("\n"));
+}
+
+/// Requests that are refused, each with what it is to be answered with. Behind each stands one more, which must not be
+/// answered or reach the gateway either.
+pub async fn are_refused<B: AsRef<[u8]>>(
+    config: &str,
+    status: u16,
+    cases: impl IntoIterator<Item = (&'static str, B)>,
+) {
+    const BEHIND: &str = "GET /v1/behind HTTP/1.1\r\nhost: weir.test\r\n\r\n";
+    let world = Arc::new(World::new(config, |_| vec![send(FINE)]).await);
+    let case = |(name, bytes): (&'static str, B)| {
+        let bytes = [bytes.as_ref(), BEHIND.as_bytes()].concat();
+        named(name, is_refused(world.clone(), status, bytes))
+    };
+    each(cases.into_iter().map(case)).await;
+    let received = world.upstream.received();
+    assert_eq!(received.replace(FINE_FORWARDED, ""), "", "the gateway got more than the requests that were fine");
+}
+
+async fn is_refused(world: Arc<World>, status: u16, bytes: Vec<u8>) {
+    let mut client = world.client().await;
+    client.write(&bytes).await;
+    let case = escaped(&bytes);
+    let answer = client.answer().await.unwrap_or_else(|| panic!("{case}: no answer"));
+    assert_eq!(answer.status, status, "{case}: {}{}", answer.head, answer.text());
+    assert_eq!(answer.values("content-type"), ["application/json"], "{case}");
+    assert!(!answer.code().is_empty(), "{case}: {}", answer.text());
+    client.finish().await;
+    client.is_closed(&case).await;
+    world.is_well(&case).await;
+}
+
+/// Requests that pass, each with what reaches the gateway. `closes` says that weir closes the connection after the answer;
+/// else it answers one more on it.
+pub async fn pass_as<B: AsRef<[u8]>>(closes: bool, cases: impl IntoIterator<Item = (&'static str, B, String)>) {
+    let case = |(name, bytes, expected): (&'static str, B, String)| {
+        named(name, passes_as(closes, bytes.as_ref().to_vec(), expected))
+    };
+    each(cases.into_iter().map(case)).await;
+}
+
+async fn passes_as(closes: bool, bytes: Vec<u8>, expected: String) {
+    let world = World::fine().await;
+    let mut client = world.client().await;
+    client.write([&bytes, GET.as_bytes()].concat()).await;
+    let answer = client.answer().await.expect("an answer");
+    assert_eq!((answer.status, answer.text().as_str()), (200, "fine"), "{}", escaped(&bytes));
+    if closes {
+        client.finish().await;
+        client.is_closed(&escaped(&bytes)).await;
+        assert_eq!(world.upstream.received(), expected);
+    } else {
+        assert_eq!(client.answer().await.expect("a second answer").text(), "fine");
+        assert_eq!(world.upstream.received(), expected + FORWARDED);
+    }
+    world.is_well(&escaped(&bytes)).await;
 }
