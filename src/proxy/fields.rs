@@ -23,7 +23,11 @@ const HOP_BY_HOP: [HeaderName; 8] = [
 /// The most bytes of names and values that a head may have; hyper itself refuses more than 100 fields.
 const MAX_HEAD_BYTES: usize = 64 << 10;
 
-/// Refuses a head whose Host is missing, doubled or malformed, that is too long, or that has been through this weir.
+/// What `Max-Forwards` is at most when weir has counted it down.
+const MOST_FORWARDS: u64 = 255;
+
+/// Refuses a head whose Host is missing, doubled or malformed, whose body has a transfer coding besides chunks, that is too
+/// long, that goes no further, or that has been through this weir.
 ///
 /// # Errors
 /// What is wrong with it.
@@ -34,6 +38,16 @@ pub fn check(head: &request::Parts, via: &Via) -> Result<(), Failure> {
         return Err(Failure::new(Cause::HeadersTooLarge, message));
     }
     check_host(head).map_err(|message| Failure::new(Cause::BadRequest, message))?;
+    if !has_no_coding_but_chunks(&head.headers) {
+        let message =
+            "the request's body has a transfer coding that weir cannot take off; send it as it is, or in chunks";
+        return Err(Failure::new(Cause::BadRequest, message));
+    }
+    if forwards_left(head) == Some(0) {
+        let message =
+            "Max-Forwards is 0, so this request goes no further than weir, which has nothing at this path itself";
+        return Err(Failure::new(Cause::UnknownPath, message));
+    }
     if head.method == Method::CONNECT {
         let message = "weir opens no tunnels: give it to your client as the base URL, not as a proxy";
         return Err(Failure::new(Cause::UnknownPath, message));
@@ -64,8 +78,32 @@ fn check_host(head: &request::Parts) -> Result<(), &'static str> {
     }
 }
 
+/// Whether a body is framed in chunks or by its length, and nothing else is done to it. hyper takes chunks off and leaves
+/// what is below them, whose name weir must not pass on.
+fn has_no_coding_but_chunks(fields: &HeaderMap) -> bool {
+    let mut codings = fields.get_all(header::TRANSFER_ENCODING).iter();
+    match (codings.next(), codings.next()) {
+        (None, _) => true,
+        (Some(coding), None) => coding.as_bytes().eq_ignore_ascii_case(b"chunked"),
+        (Some(_), Some(_)) => false,
+    }
+}
+
+/// How many more intermediaries may pass on a request of the methods that count them (RFC 9110, 7.6.2).
+fn forwards_left(head: &request::Parts) -> Option<u64> {
+    if !matches!(head.method, Method::TRACE | Method::OPTIONS) {
+        return None;
+    }
+    let hops = head.headers.get(header::MAX_FORWARDS)?.as_bytes();
+    (!hops.is_empty() && hops.iter().all(u8::is_ascii_digit)).then(|| number(hops).unwrap_or(u64::MAX))
+}
+
 /// Makes a client's fields those of the request to the gateway.
 pub fn to_upstream(head: &mut request::Parts, host: &HeaderValue, via: &Via, key: Option<&Secret>, metered: bool) {
+    if let Some(hops) = forwards_left(head) {
+        let left = hops.saturating_sub(1).min(MOST_FORWARDS);
+        head.headers.insert(header::MAX_FORWARDS, HeaderValue::from(left));
+    }
     let fields = &mut head.headers;
     strip_hop_by_hop(fields);
     // The length is the body's own, and weir has answered the expectation already.
@@ -96,15 +134,11 @@ pub fn check_answer(head: &response::Parts) -> Result<(), Failure> {
         let message = "the gateway switched protocols, which nobody asked it to";
         return Err(Failure::new(Cause::InvalidResponse, message));
     }
-    let mut codings = head.headers.get_all(header::TRANSFER_ENCODING).iter();
-    match (codings.next(), codings.next()) {
-        (None, _) => Ok(()),
-        (Some(coding), None) if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => Ok(()),
-        _ => {
-            let message = "the gateway's answer has a transfer coding that weir did not ask for";
-            Err(Failure::new(Cause::InvalidResponse, message))
-        }
+    if !has_no_coding_but_chunks(&head.headers) {
+        let message = "the gateway's answer has a transfer coding that weir did not ask for";
+        return Err(Failure::new(Cause::InvalidResponse, message));
     }
+    Ok(())
 }
 
 /// Makes the gateway's fields those of the answer to the client.

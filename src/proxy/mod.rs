@@ -153,7 +153,12 @@ impl Proxy {
                 if let (Some(unread), Version::HTTP_2) = (&mut asked.body, version) {
                     body::discard(unread).await;
                 }
-                self.fail(&failure, endpoint, ledger)
+                let mut response = self.fail(&failure, endpoint, ledger);
+                if matches!(failure.cause, Cause::BadRequest | Cause::HeadersTooLarge) && version < Version::HTTP_2 {
+                    // Someone between here and the client may read differently where it ends, as hyper supposes of its own.
+                    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                }
+                response
             }
         };
         if let (Some(applicant), Some(_)) = (&asked.applicant, endpoint) {
