@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::LazyLock;
 
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
-use http::{Request, Version, request};
+use http::{Method, Request, Version, request};
 use weir::clients::{Clients, KEY_FIELDS};
 use weir::config::Config;
 use weir::openai::call::Endpoint;
@@ -84,7 +84,7 @@ fn head<'l>(version: Version, lines: impl Iterator<Item = &'l [u8]>) -> request:
 
 /// What is behind `/v1` goes on as it is, and every spelling of a metered call is one.
 fn goes_where_it_says(path: &str) {
-    let Some(route) = route(path) else {
+    let Some(route) = route(&Method::POST, path) else {
         assert!(path.strip_prefix("/v1/").is_none_or(|below| slow_path(below).is_none()), "it is under /v1");
         return;
     };

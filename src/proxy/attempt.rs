@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::Proxy;
 use super::call::{AsksUsage, Call, CallBody};
-use super::{body, usage_option};
+use super::{body, fields, usage_option};
 use crate::admission::{Echo, Heard, Permit, Signal};
 use crate::error::{self, Cause, Failure};
 use crate::ledger::Ledger;
@@ -60,9 +60,7 @@ impl Proxy {
             Err(_) if limit.cause == Cause::DeadlineExceeded => return self.late(limit, call),
             Err(_) => return self.late(limit, call).heard_by(&permit),
         };
-        if exchange.head.status == StatusCode::SWITCHING_PROTOCOLS {
-            let failure =
-                Failure::new(Cause::InvalidResponse, "the gateway switched protocols, which nobody asked it to");
+        if let Err(failure) = fields::check_answer(&exchange.head) {
             return Tried::failed(Ending::Broken, AttemptResult::Reset, failure).heard_by(&permit);
         }
         self.open(exchange, call, permit, limit).await

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Method, request};
+use http::request;
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
@@ -81,7 +81,7 @@ impl Proxy {
         let target = target(&config.upstream.base_url, route.below_v1, head.uri.query()).ok_or_else(|| {
             Failure::new(Cause::BadRequest, "the request's path cannot be put behind upstream.base_url")
         })?;
-        let endpoint = route.endpoint.filter(|_| head.method == Method::POST);
+        let endpoint = route.endpoint;
         let mut held = self.shared.memory.hold(caller.tenant, self.shared.clients.weight(caller.client));
         let body = self.read_body(endpoint, body, &mut held, ledger).await?;
         let peek = match (&body, endpoint) {

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use http::header::{self, Entry, HeaderMap, HeaderName, HeaderValue};
 use http::uri::Authority;
-use http::{Method, Version, request, response};
+use http::{Method, StatusCode, Version, request, response};
 use zeroize::Zeroizing;
 
 use crate::clients::KEY_FIELDS;
@@ -25,7 +25,11 @@ const HOP_BY_HOP: [HeaderName; 8] = [
 /// The most bytes of names and values that a head may have; hyper itself refuses more than 100 fields.
 const MAX_HEAD_BYTES: usize = 64 << 10;
 
-/// Refuses a head whose Host is missing, doubled or malformed, that is too long, or that has been through this weir.
+/// What `Max-Forwards` is at most when weir has counted it down.
+const MOST_FORWARDS: u64 = 255;
+
+/// Refuses a head whose Host is missing, doubled or malformed, whose body has a transfer coding besides chunks, that is too
+/// long, that goes no further, or that has been through this weir.
 ///
 /// # Errors
 /// What is wrong with it.
@@ -36,6 +40,16 @@ pub fn check(head: &request::Parts, via: &Via) -> Result<(), Failure> {
         return Err(Failure::new(Cause::HeadersTooLarge, message));
     }
     check_host(head).map_err(|message| Failure::new(Cause::BadRequest, message))?;
+    if !has_no_coding_but_chunks(&head.headers) {
+        let message =
+            "the request's body has a transfer coding that weir cannot take off; send it as it is, or in chunks";
+        return Err(Failure::new(Cause::BadRequest, message));
+    }
+    if forwards_left(head) == Some(0) {
+        let message =
+            "Max-Forwards is 0, so this request goes no further than weir, which has nothing at this path itself";
+        return Err(Failure::new(Cause::UnknownPath, message));
+    }
     if head.method == Method::CONNECT {
         let message = "weir opens no tunnels: give it to your client as the base URL, not as a proxy";
         return Err(Failure::new(Cause::UnknownPath, message));
@@ -66,8 +80,32 @@ fn check_host(head: &request::Parts) -> Result<(), &'static str> {
     }
 }
 
+/// Whether a body is framed in chunks or by its length, and nothing else is done to it. hyper takes chunks off and leaves
+/// what is below them, whose name weir must not pass on.
+fn has_no_coding_but_chunks(fields: &HeaderMap) -> bool {
+    let mut codings = fields.get_all(header::TRANSFER_ENCODING).iter();
+    match (codings.next(), codings.next()) {
+        (None, _) => true,
+        (Some(coding), None) => coding.as_bytes().eq_ignore_ascii_case(b"chunked"),
+        (Some(_), Some(_)) => false,
+    }
+}
+
+/// How many more intermediaries may pass on a request of the methods that count them (RFC 9110, 7.6.2).
+fn forwards_left(head: &request::Parts) -> Option<u64> {
+    if !matches!(head.method, Method::TRACE | Method::OPTIONS) {
+        return None;
+    }
+    let hops = head.headers.get(header::MAX_FORWARDS)?.as_bytes();
+    (!hops.is_empty() && hops.iter().all(u8::is_ascii_digit)).then(|| number(hops).unwrap_or(u64::MAX))
+}
+
 /// Makes a client's fields those of the request to the gateway.
 pub fn to_upstream(head: &mut request::Parts, host: &HeaderValue, via: &Via, key: Option<&LentKey>, metered: bool) {
+    if let Some(hops) = forwards_left(head) {
+        let left = hops.saturating_sub(1).min(MOST_FORWARDS);
+        head.headers.insert(header::MAX_FORWARDS, HeaderValue::from(left));
+    }
     let fields = &mut head.headers;
     strip_hop_by_hop(fields);
     // The length is the body's own, and weir has answered the expectation already.
@@ -88,14 +126,63 @@ pub fn to_upstream(head: &mut request::Parts, host: &HeaderValue, via: &Via, key
     }
 }
 
+/// Refuses an answer that nobody asked for, or that cannot be told on: a switch of protocols, and a transfer coding besides
+/// chunks. weir takes off only those, and a client could not know of another, since the field that names it is for one
+/// connection (RFC 9112, 6.1).
+///
+/// # Errors
+/// What is wrong with it.
+pub fn check_answer(head: &response::Parts) -> Result<(), Failure> {
+    if head.status == StatusCode::SWITCHING_PROTOCOLS {
+        let message = "the gateway switched protocols, which nobody asked it to";
+        return Err(Failure::new(Cause::InvalidResponse, message));
+    }
+    if !has_no_coding_but_chunks(&head.headers) {
+        let message = "the gateway's answer has a transfer coding that weir did not ask for";
+        return Err(Failure::new(Cause::InvalidResponse, message));
+    }
+    Ok(())
+}
+
 /// Makes the gateway's fields those of the answer to the client.
 pub fn to_client(head: &mut response::Parts) {
     // With both, the length is a lie (RFC 9112, 6.3).
     if head.headers.contains_key(header::TRANSFER_ENCODING) {
         head.headers.remove(header::CONTENT_LENGTH);
     }
+    put_length_right(&mut head.headers);
     strip_hop_by_hop(&mut head.headers);
     head.version = Version::HTTP_11;
+}
+
+/// One length in plain digits. hyper reads `5, 5` and `005` as 5, and would pass them on as they came, for a client to make of
+/// it what it will (RFC 9110, 8.6). What is no length, as can stand in the answer to a HEAD, is left out.
+fn put_length_right(fields: &mut HeaderMap) {
+    let lengths = || fields.get_all(header::CONTENT_LENGTH).iter().map(HeaderValue::as_bytes);
+    let Some(first) = lengths().next() else { return };
+    if lengths().nth(1).is_none() && is_plain_number(first) {
+        return;
+    }
+    let mut items = lengths().flat_map(|value| value.split(|byte| *byte == b',')).map(number);
+    let one = items.next().flatten().filter(|first| items.all(|other| other == Some(*first)));
+    match one {
+        Some(length) => drop(fields.insert(header::CONTENT_LENGTH, HeaderValue::from(length))),
+        None => drop(fields.remove(header::CONTENT_LENGTH)),
+    }
+}
+
+fn is_plain_number(text: &[u8]) -> bool {
+    let leads_with_zero = text.len() > 1 && text[0] == b'0';
+    !leads_with_zero && number(text).is_some()
+}
+
+/// What these digits say, and nothing but digits.
+fn number(text: &[u8]) -> Option<u64> {
+    let text = text.trim_ascii();
+    if !text.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    std::str::from_utf8(text).ok()?.parse().ok()
 }
 
 fn strip_hop_by_hop(fields: &mut HeaderMap) {
@@ -309,6 +396,45 @@ mod tests {
         head.version = Version::HTTP_2;
         to_upstream(&mut head, &HeaderValue::from_static("gateway"), &Via::new("a"), None, false);
         assert_eq!(head.headers["cookie"], "a=1; b=2");
+    }
+
+    #[test]
+    fn a_length_is_passed_on_once_and_in_plain_digits() {
+        for (lines, length) in [
+            (&["5"][..], Some("5")),
+            (&["0"], Some("0")),
+            (&["005"], Some("5")),
+            (&["5", "5"], Some("5")),
+            (&["5 ,5", "05"], Some("5")),
+            (&["5", "6"], None),
+            (&["5,"], None),
+            (&["+5"], None),
+            (&["5 5"], None),
+            (&[""], None),
+            (&["18446744073709551616"], None),
+            (&[], None),
+        ] {
+            let response = lines.iter().fold(http::Response::builder(), |it, line| it.header("content-length", *line));
+            let (mut head, ()) = response.body(()).expect("ok").into_parts();
+            to_client(&mut head);
+            let passed: Vec<_> = head.headers.get_all("content-length").iter().collect();
+            assert_eq!(passed, Vec::from_iter(length), "{lines:?}");
+        }
+    }
+
+    #[test]
+    fn a_transfer_coding_besides_chunks_is_refused() {
+        let check = |lines: &[&str]| {
+            let response =
+                lines.iter().fold(http::Response::builder(), |it, line| it.header("transfer-encoding", *line));
+            check_answer(&response.body(()).expect("ok").into_parts().0).map_err(|failure| failure.cause)
+        };
+        for lines in [&[][..], &["chunked"], &["Chunked"]] {
+            assert_eq!(check(lines), Ok(()), "{lines:?}");
+        }
+        for lines in [&["gzip, chunked"][..], &["gzip"], &["chunked", "chunked"], &["identity"], &[""]] {
+            assert_eq!(check(lines), Err(Cause::InvalidResponse), "{lines:?}");
+        }
     }
 
     #[test]

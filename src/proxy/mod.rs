@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{self, HeaderMap};
-use http::{HeaderValue, Method, Request, Response, Version, request};
+use http::{HeaderValue, Request, Response, Version, request};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Instant;
@@ -149,15 +149,19 @@ impl Proxy {
         let (head, body) = request.into_parts();
         let (version, mut asked) = (head.version, Asked { body: Some(body), applicant: None });
         let request_id = head.headers.get(&headers::REQUEST_ID).cloned();
-        let metered = route::route(head.uri.path()).filter(|_| head.method == Method::POST);
-        let endpoint = metered.and_then(|route| route.endpoint);
+        let endpoint = route::route(&head.method, head.uri.path()).and_then(|route| route.endpoint);
         let mut response = match self.story(head, &mut asked, peer, &mut ledger).await {
             Ok(answer) => self.respond(answer, endpoint, ledger),
             Err(failure) => {
                 if let (Some(unread), Version::HTTP_2) = (&mut asked.body, version) {
                     body::discard(unread).await;
                 }
-                self.fail(&failure, endpoint, ledger)
+                let mut response = self.fail(&failure, endpoint, ledger);
+                if matches!(failure.cause, Cause::BadRequest | Cause::HeadersTooLarge) && version < Version::HTTP_2 {
+                    // Someone between here and the client may read differently where it ends, as hyper supposes of its own.
+                    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                }
+                response
             }
         };
         if let (Some(applicant), Some(_)) = (&asked.applicant, endpoint) {
@@ -176,8 +180,8 @@ impl Proxy {
         ledger: &mut Ledger,
     ) -> Result<Answer, Failure> {
         fields::check(&head, &self.shared.via)?;
-        let uri = head.uri.clone();
-        let route = route::route(uri.path()).ok_or_else(|| call::unknown_path(&head))?;
+        let (method, uri) = (head.method.clone(), head.uri.clone());
+        let route = route::route(&method, uri.path()).ok_or_else(|| call::unknown_path(&head))?;
         let caller = self.shared.clients.identify(&head.headers, peer)?;
         ledger.set_client(caller.client);
         let mut call = self.read(head, route, caller, &mut asked.body, ledger).await?;

@@ -1,7 +1,10 @@
 //! Which call a path stands for.
 //!
 //! The decision is made on the path as the gateway will understand it (percent-decoded, dot segments removed, slashes merged);
-//! what is forwarded is the client's own bytes. So no spelling of a path escapes the limits, or the gateway's base URL.
+//! what is forwarded is the client's own bytes. So no spelling of a path escapes the limits, or the gateway's base URL. Nor
+//! does one of the method: some servers take `post` for POST.
+
+use http::Method;
 
 use crate::openai::call::Endpoint;
 
@@ -14,8 +17,14 @@ pub struct Route<'p> {
     pub endpoint: Option<Endpoint>,
 }
 
-/// The route of a path; `None` where it is not under `/v1`.
-pub fn route(path: &str) -> Option<Route<'_>> {
+/// The route of a request; `None` where its path is not under `/v1`.
+pub fn route<'p>(method: &Method, path: &'p str) -> Option<Route<'p>> {
+    let route = route_of(path)?;
+    let endpoint = route.endpoint.filter(|_| method.as_str().eq_ignore_ascii_case("POST"));
+    Some(Route { endpoint, ..route })
+}
+
+fn route_of(path: &str) -> Option<Route<'_>> {
     let below_v1 = path.strip_prefix("/v1")?;
     if !below_v1.starts_with('/') {
         return None;
@@ -76,6 +85,19 @@ fn resolve(path: &[u8]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn route(path: &str) -> Option<Route<'_>> {
+        super::route(&Method::POST, path)
+    }
+
+    #[test]
+    fn only_a_post_is_a_metered_call_however_it_is_spelled() {
+        for (method, metered) in [("POST", true), ("post", true), ("Post", true), ("GET", false), ("POSTS", false)] {
+            let method = Method::from_bytes(method.as_bytes()).expect("a token");
+            let route = super::route(&method, "/v1/chat/completions").expect("a route");
+            assert_eq!(route.endpoint.is_some(), metered, "{method}");
+        }
+    }
 
     #[test]
     fn metered_calls_are_known_however_they_are_spelled() {

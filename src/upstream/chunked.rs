@@ -25,6 +25,15 @@ pub struct ChunkedDecoder {
     trailers: Option<HeaderMap>,
 }
 
+/// What is wrong with a body.
+struct Malformed(&'static str);
+
+impl From<Malformed> for WireError {
+    fn from(malformed: Malformed) -> Self {
+        Self::Malformed(malformed.0)
+    }
+}
+
 /// What comes next in the input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -47,12 +56,19 @@ enum State {
     /// The trailer section, up to and with its blank line.
     Trailers,
     Done,
+    /// What is wrong, to be told when what came before it was taken.
+    Malformed(&'static str),
 }
 
 impl ChunkedDecoder {
     /// A decoder at the start of a body.
     pub fn new() -> Self {
         Self { state: State::NEXT_CHUNK, extension_bytes: 0, trailer_section: Vec::new(), trailers: None }
+    }
+
+    /// Whether there is an error to be told.
+    pub fn is_malformed(&self) -> bool {
+        matches!(self.state, State::Malformed(_))
     }
 
     /// Whether the body has ended in good order.
@@ -74,8 +90,22 @@ impl ChunkedDecoder {
     /// has ended.
     ///
     /// # Errors
-    /// It is not a chunked body; nothing that follows means anything.
+    /// It is not a chunked body; nothing that follows means anything. Where there was data before that, the error is that of
+    /// the next call.
     pub fn decode(&mut self, input: &[u8], data: &mut Vec<u8>) -> Result<usize, WireError> {
+        if let State::Malformed(what) = self.state {
+            return Err(WireError::Malformed(what));
+        }
+        match self.advance(input, data) {
+            Err(Malformed(what)) if !data.is_empty() => {
+                self.state = State::Malformed(what);
+                Ok(input.len())
+            }
+            advanced => Ok(advanced?),
+        }
+    }
+
+    fn advance(&mut self, input: &[u8], data: &mut Vec<u8>) -> Result<usize, Malformed> {
         let mut at = 0;
         while at < input.len() && self.state != State::Done {
             match self.state {
@@ -96,8 +126,8 @@ impl ChunkedDecoder {
         Ok(at)
     }
 
-    fn framing_byte(&mut self, byte: u8) -> Result<State, WireError> {
-        let malformed = || WireError::Malformed("a chunk of its body is malformed");
+    fn framing_byte(&mut self, byte: u8) -> Result<State, Malformed> {
+        let malformed = || Malformed("a chunk of its body is malformed");
         Ok(match (self.state, byte) {
             (State::Size { so_far, digits }, b'0'..=b'9' | b'a'..=b'f' | b'A'..=b'F') => {
                 let digit = char::from(byte).to_digit(16).map_or(0, u64::from);
@@ -128,21 +158,21 @@ impl ChunkedDecoder {
         })
     }
 
-    fn count_extension(&mut self) -> Result<(), WireError> {
+    fn count_extension(&mut self) -> Result<(), Malformed> {
         self.extension_bytes += 1;
         if self.extension_bytes > MAX_EXTENSIONS {
-            return Err(WireError::Malformed("the chunk extensions of its body are too long"));
+            return Err(Malformed("the chunk extensions of its body are too long"));
         }
         Ok(())
     }
 
     /// Takes the trailer section's bytes, up to the blank line that ends the body.
-    fn trailer_bytes(&mut self, input: &[u8]) -> Result<usize, WireError> {
+    fn trailer_bytes(&mut self, input: &[u8]) -> Result<usize, Malformed> {
         let section = &mut self.trailer_section;
         for (at, byte) in input.iter().enumerate() {
             section.push(*byte);
             if section.len() > MAX_TRAILERS {
-                return Err(WireError::Malformed("the trailers of its body are too long"));
+                return Err(Malformed("the trailers of its body are too long"));
             }
             if section == b"\r\n" || section.ends_with(b"\r\n\r\n") {
                 self.state = State::Done;
@@ -159,8 +189,8 @@ impl State {
     const NEXT_CHUNK: Self = Self::Size { so_far: 0, digits: 0 };
 }
 
-fn parse_trailers(section: &[u8]) -> Result<Option<HeaderMap>, WireError> {
-    let malformed = WireError::Malformed("the trailers of its body are malformed");
+fn parse_trailers(section: &[u8]) -> Result<Option<HeaderMap>, Malformed> {
+    let malformed = Malformed("the trailers of its body are malformed");
     let mut lines = [httparse::EMPTY_HEADER; MAX_TRAILER_FIELDS];
     let Ok(httparse::Status::Complete((_, lines))) = httparse::parse_headers(section, &mut lines) else {
         return Err(malformed);
@@ -185,6 +215,7 @@ mod tests {
         for piece in input.chunks(piece) {
             decoder.decode(piece, &mut data)?;
         }
+        decoder.decode(b"", &mut data)?;
         Ok((data, decoder.take_trailers(), decoder.is_done()))
     }
 
@@ -233,6 +264,14 @@ mod tests {
                 assert!(decode(input, piece).is_err(), "{:?}", input.escape_ascii().to_string());
             }
         }
+    }
+
+    #[test]
+    fn what_came_before_an_error_is_told_first() {
+        let (mut decoder, mut data) = (ChunkedDecoder::new(), Vec::new());
+        assert!(decoder.decode(b"5\r\nhello\r\nno size\r\n", &mut data).is_ok());
+        assert!(data == b"hello" && decoder.is_malformed() && !decoder.is_done());
+        assert!(decoder.decode(b"", &mut data).is_err());
     }
 
     #[test]

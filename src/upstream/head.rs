@@ -16,6 +16,9 @@ const MAX_HEAD: usize = 64 << 10;
 /// Nor have more fields.
 const MAX_FIELDS: usize = 100;
 
+/// No body is that long; hyper has a meaning of its own for what is longer.
+const MAX_LENGTH: u64 = u64::MAX - 2;
+
 /// What weir adds to an answer's fields.
 const OWN_FIELDS: usize = 10;
 
@@ -138,24 +141,18 @@ pub fn take_head(read: Bytes, asked: &Method) -> Result<Taken, WireError> {
 
 /// How the answer's body ends (RFC 9112, 6.3).
 fn framing(asked: &Method, head: &response::Parts) -> Result<Framing, WireError> {
-    let fields = &head.headers;
-    let mut codings = fields.get_all(header::TRANSFER_ENCODING).iter();
-    let coding = codings.next();
-    let length = declared_length(fields)?;
     if asked == Method::HEAD || head.status.is_informational() || matches!(head.status.as_u16(), 204 | 304) {
         return Ok(Framing::Length(0));
     }
-    match (coding, length) {
+    let mut codings = head.headers.get_all(header::TRANSFER_ENCODING).iter();
+    match (codings.next(), codings.next()) {
+        (None, _) => Ok(declared_length(&head.headers)?.map_or(Framing::UntilClose, Framing::Length)),
         // An HTTP/1.0 sender knows nothing of it: the framing is faulty (RFC 9112, 6.1).
         (Some(_), _) if head.version == Version::HTTP_10 => {
             Err(WireError::Malformed("it is HTTP/1.0 with a Transfer-Encoding"))
         }
-        (Some(coding), _) if codings.next().is_none() && coding.as_bytes().eq_ignore_ascii_case(b"chunked") => {
-            Ok(Framing::Chunked)
-        }
+        (Some(coding), None) if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => Ok(Framing::Chunked),
         (Some(_), _) => Err(WireError::Malformed("it has a transfer coding that weir has not asked for")),
-        (None, Some(length)) => Ok(Framing::Length(length)),
-        (None, None) => Ok(Framing::UntilClose),
     }
 }
 
@@ -168,7 +165,7 @@ fn declared_length(fields: &HeaderMap) -> Result<Option<u64>, WireError> {
         let is_number = !digits.is_empty() && digits.iter().all(u8::is_ascii_digit);
         let number = std::str::from_utf8(digits).ok().filter(|_| is_number).and_then(|digits| digits.parse().ok());
         match (number, length) {
-            (None, _) => return Err(bad),
+            (None | Some(MAX_LENGTH..), _) => return Err(bad),
             (Some(this), Some(other)) if this != other => return Err(bad),
             (Some(this), _) => length = Some(this),
         }

@@ -26,9 +26,6 @@ use super::{BodyFault, Payload};
 /// What is read at once.
 const READ_SIZE: usize = 32 << 10;
 
-/// Interim answers (100, 102, 103) to one request; they are dropped.
-const MAX_INTERIM: u32 = 16;
-
 thread_local! {
     /// Where every connection of this thread reads to; nothing stays in it between two reads.
     static SCRATCH: RefCell<Box<[u8]>> = RefCell::new(vec![0; READ_SIZE].into());
@@ -120,7 +117,7 @@ impl Wire {
             Err(error) => {
                 // What could not be written says more than the end that was read thereafter.
                 let error = self.outbox.take_failure().map_or(error, WireError::Io);
-                let silent = self.unread.is_empty() && receiving.interim == 0;
+                let silent = self.unread.is_empty() && !receiving.interim;
                 Err(Unanswered { error, unsent: self.outbox.take_unsent(), silent })
             }
         }
@@ -144,13 +141,14 @@ impl Wire {
                         if !is_interim(head.parts.status) {
                             return Poll::Ready(Ok(head));
                         }
-                        receiving.interim()?;
+                        // It is dropped: hyper has no way to pass it on.
+                        *receiving = Receiving { interim: true, looked_at: 0 };
                         continue;
                     }
                 }
             }
             match ready!(self.poll_read(cx, Bytes::copy_from_slice))? {
-                more if more.is_empty() && self.unread.is_empty() && receiving.interim == 0 => {
+                more if more.is_empty() && self.unread.is_empty() && !receiving.interim => {
                     return Poll::Ready(Err(WireError::Closed));
                 }
                 more if more.is_empty() => return Poll::Ready(Err(WireError::Truncated)),
@@ -188,7 +186,8 @@ fn is_interim(status: StatusCode) -> bool {
 /// How far the reading of a head has come.
 #[derive(Default)]
 struct Receiving {
-    interim: u32,
+    /// An interim answer (100, 102, 103) has come.
+    interim: bool,
     /// How much was looked at in vain.
     looked_at: usize,
 }
@@ -199,15 +198,6 @@ impl Receiving {
         let new = &unread[self.looked_at.saturating_sub(3).min(unread.len())..];
         let ends = || new.windows(2).any(|pair| pair == b"\n\n") || new.windows(3).any(|three| three == b"\n\r\n");
         !unread.is_empty() && (unread.len() >= 2 * self.looked_at || ends())
-    }
-
-    fn interim(&mut self) -> Result<(), WireError> {
-        self.interim += 1;
-        self.looked_at = 0;
-        if self.interim > MAX_INTERIM {
-            return Err(WireError::Malformed("it has too many interim answers"));
-        }
-        Ok(())
     }
 }
 
@@ -229,6 +219,11 @@ impl Reader {
             Self::Chunked(decoder) => decoder.is_done() && !decoder.has_trailers(),
             Self::UntilClose => false,
         }
+    }
+
+    /// Whether what was read is an error, which comes next.
+    fn is_malformed(&self) -> bool {
+        matches!(self, Self::Chunked(decoder) if decoder.is_malformed())
     }
 
     /// How much is to come, where that is known.
@@ -255,6 +250,7 @@ impl Reader {
         }
         while !self.is_done() {
             let data = match std::mem::take(&mut wire.unread) {
+                unread if unread.is_empty() && self.is_malformed() => self.take(unread),
                 unread if unread.is_empty() => ready!(wire.poll_read(cx, |read| self.take_from(read)))?,
                 unread => self.take(unread),
             };
