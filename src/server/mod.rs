@@ -111,7 +111,7 @@ pub async fn serve_connection<I>(
         let active = activity.begin(request.version() == Version::HTTP_2);
         let proxy = proxy.clone();
         async move {
-            let response = proxy.serve(request, peer).await.map(|body| Tracked { body, _active: active });
+            let response = proxy.serve(request, peer).await.map(|body| Tracked::new(body, active));
             // A client whose window is shut from the start never asks for the first chunk.
             streams::gave();
             Ok::<_, Infallible>(response)
@@ -149,7 +149,15 @@ fn builder(write_timeout: Duration) -> auto::Builder<StreamExecutor> {
 /// A response body that ends its request when it is dropped.
 struct Tracked {
     body: ResponseBody,
+    /// Where the answer has broken off, until hyper has had the time to write what came before that.
+    broken_off: Option<BrokenOff>,
     _active: ActiveRequest,
+}
+
+impl Tracked {
+    fn new(body: ResponseBody, active: ActiveRequest) -> Self {
+        Self { body, broken_off: None, _active: active }
+    }
 }
 
 impl Body for Tracked {
@@ -157,16 +165,28 @@ impl Body for Tracked {
     type Error = BrokenOff;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
+        let tracked = self.get_mut();
         streams::asked();
-        let frame = Pin::new(&mut self.get_mut().body).poll_frame(cx);
-        if let Poll::Ready(Some(_)) = frame {
-            streams::gave();
+        if let Some(broken_off) = tracked.broken_off.take() {
+            return Poll::Ready(Some(Err(broken_off)));
+        }
+        let frame = Pin::new(&mut tracked.body).poll_frame(cx);
+        match frame {
+            Poll::Ready(Some(Err(broken_off))) => {
+                // hyper drops what it has not written yet when a body fails, the head included. It writes when a body
+                // has nothing for now.
+                tracked.broken_off = Some(broken_off);
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            Poll::Ready(Some(Ok(_))) => streams::gave(),
+            Poll::Ready(None) | Poll::Pending => {}
         }
         frame
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.broken_off.is_none() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
