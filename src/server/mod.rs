@@ -25,6 +25,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use crate::config;
@@ -205,6 +206,7 @@ struct Worker {
     /// Unbounded in form; bounded by `max_connections`, since each carries one of its permits.
     inbox: mpsc::UnboundedSender<Accepted>,
     open: Arc<AtomicUsize>,
+    runtime: Handle,
 }
 
 /// A connection on its way to its worker.
@@ -233,6 +235,11 @@ impl Workers {
     /// Clients connected now.
     pub fn connections(&self) -> usize {
         self.max_connections - self.connections.available_permits()
+    }
+
+    /// Tasks alive on all of these threads.
+    pub fn tasks(&self) -> usize {
+        self.workers.iter().map(|worker| worker.runtime.metrics().num_alive_tasks()).sum()
     }
 
     /// Accepts connections until the drain begins; then closes the listener.
@@ -285,9 +292,10 @@ impl Worker {
         let (inbox, accepted) = mpsc::unbounded_channel();
         let open = Arc::new(AtomicUsize::new(0));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let handle = runtime.handle().clone();
         let work = work(accepted, proxy, settings, open.clone());
         std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || runtime.block_on(work))?;
-        Ok(Self { inbox, open })
+        Ok(Self { inbox, open, runtime: handle })
     }
 }
 

@@ -28,9 +28,9 @@ base_delay = \"5ms\"
 max_delay = \"40ms\"
 [timeouts]
 connect = \"1s\"
-first_event = \"800ms\"
-response = \"800ms\"
-idle = \"800ms\"
+first_event = \"1s\"
+response = \"2s\"
+idle = \"1s\"
 deadline = \"8s\"
 [models.\"gpt-4.1-mini\"]
 ";

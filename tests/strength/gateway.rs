@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -56,7 +56,6 @@ struct State {
     counts: Mutex<HashMap<u64, u32>>,
     /// What no request may look like.
     wrong: Mutex<Vec<String>>,
-    open: AtomicUsize,
     /// Changes when idle connections are to be closed.
     quiet: watch::Sender<u64>,
 }
@@ -70,7 +69,6 @@ impl Gateway {
             attempts: Mutex::default(),
             counts: Mutex::default(),
             wrong: Mutex::default(),
-            open: AtomicUsize::new(0),
             quiet: watch::Sender::new(0),
         });
         let reserved = socket(SocketAddr::from(([127, 0, 0, 1], 0)));
@@ -89,11 +87,6 @@ impl Gateway {
     /// What was wrong with requests that came.
     pub fn wrong(&self) -> Vec<String> {
         self.state.wrong.lock().unwrap().clone()
-    }
-
-    /// Connections open now.
-    pub fn open(&self) -> usize {
-        self.state.open.load(Ordering::Relaxed)
     }
 
     /// Closes all connections that carry no request.
@@ -153,12 +146,10 @@ impl Connections {
             if state.plan.faults && state.plan.rng(CONNECTIONS, self.number).random_range(0..1000) < CLOSED_AT_ONCE {
                 continue;
             }
-            state.open.fetch_add(1, Ordering::Relaxed);
             let state = state.clone();
             self.tasks.spawn(async move {
                 let _ = stream.set_nodelay(true);
                 state.serve(stream).await;
-                state.open.fetch_sub(1, Ordering::Relaxed);
             });
         }
     }

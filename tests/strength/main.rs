@@ -12,3 +12,4 @@ mod weir;
 mod wire;
 
 mod faults;
+mod soak;

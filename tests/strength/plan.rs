@@ -48,10 +48,6 @@ impl Kind {
     pub fn is_repeatable(self) -> bool {
         !matches!(self, Self::Post | Self::Upload)
     }
-
-    pub fn is_metered(self) -> bool {
-        matches!(self, Self::Json | Self::Stream)
-    }
 }
 
 /// What becomes of an attempt.
@@ -388,7 +384,8 @@ impl Composer {
     }
 
     fn error(&mut self, status: u16, hint: &str) -> Vec<u8> {
-        let text = format!(r#"{{{},"error":{{"message":"no","type":"server_error","code":"upstream"}}}}"#, self.names());
+        let text =
+            format!(r#"{{{},"error":{{"message":"no","type":"server_error","code":"upstream"}}}}"#, self.names());
         let head = self.head(status, "application/json", &format!("{hint}content-length: {}\r\n", text.len()));
         self.send(head + &text);
         text.into_bytes()

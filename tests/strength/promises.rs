@@ -20,8 +20,12 @@ const BUDGET_WINDOW: Duration = Duration::from_secs(10);
 /// How much later than it was decided on an attempt may reach the gateway, on a machine that is busy.
 const ON_THE_WAY: Duration = Duration::from_secs(2);
 
+/// `timeouts.response` counts from an upload's beginning; whose bytes are missing when it is over is the one who was slow.
+const UPLOAD_TOO_SLOW: &str = "request_timeout";
+
 /// weir's own words for what went wrong, with the status that belongs to each.
-const OWN_ERRORS: [(u16, &str); 12] = [
+const OWN_ERRORS: [(u16, &str); 13] = [
+    (408, UPLOAD_TOO_SLOW),
     (429, "rate_limit_exceeded"),
     (502, "upstream_disconnected"),
     (502, "upstream_invalid_response"),
@@ -132,7 +136,8 @@ fn own_error(seen: &Seen) -> Result<Outcome, String> {
     let code = error["error"]["code"].as_str().unwrap_or_default();
     let known = OWN_ERRORS.iter().find(|known| **known == (seen.status, code));
     let (_, code) = known.ok_or("no error of the table")?;
-    if !seen.has_hint || !error["error"]["message"].is_string() {
+    let is_upload = *code == UPLOAD_TOO_SLOW && seen.kind == Kind::Upload;
+    if !seen.has_hint && !is_upload || !error["error"]["message"].is_string() {
         return Err("it does not say what to do".to_owned());
     }
     Ok(Outcome::Failed(code))
@@ -156,7 +161,11 @@ impl<'a> Story<'a> {
 
     /// What was wrong; nothing where every promise was kept.
     pub fn wrong(&self) -> Vec<String> {
-        let answers = self.verdicts.iter().filter_map(|verdict| verdict.outcome.clone().err());
+        let of_answer = |verdict: &Verdict| {
+            let why = verdict.outcome.clone().err()?;
+            Some(format!("{why}; at the gateway: {:?}", self.attempts_at(verdict.id)))
+        };
+        let answers = self.verdicts.iter().filter_map(of_answer);
         let attempts = self.verdicts.iter().filter_map(|verdict| self.check_attempts(verdict).err());
         answers.chain(attempts).chain(self.check_ids()).chain(self.check_budget()).collect()
     }

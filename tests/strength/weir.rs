@@ -84,7 +84,6 @@ impl Weir {
     }
 
     /// Waits until the metrics are like that, and returns them.
-    #[track_caller]
     pub async fn comes_to(&self, what: &str, met: impl Fn(&Self, &Metrics) -> bool) -> Metrics {
         let begun = Instant::now();
         loop {
@@ -93,7 +92,11 @@ impl Weir {
                 return metrics;
             }
             let (held, rest) = (metrics.held(), &metrics.1);
-            assert!(begun.elapsed() < DEADLINE, "{what}: not yet, {held:?}, {} descriptors\n{rest}", self.descriptors());
+            assert!(
+                begun.elapsed() < DEADLINE,
+                "{what}: not yet, {held:?}, {} descriptors\n{rest}",
+                self.descriptors()
+            );
             tokio::time::sleep(INTERVAL).await;
         }
     }
