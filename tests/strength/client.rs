@@ -41,12 +41,23 @@ pub struct Seen {
     /// `x-test-id` and `x-test-attempt`, as the gateway wrote them; empty where the answer is weir's own.
     pub answered_id: String,
     pub answered_attempt: String,
-    /// `retry-after` or `x-should-retry`.
-    pub has_hint: bool,
+    /// `retry-after` and `x-should-retry`.
+    pub retry_after: String,
+    pub should_retry: String,
     /// When the head came, in the order of everything that happened.
     pub head_order: Option<u64>,
     pub body: Vec<u8>,
     pub end: End,
+}
+
+impl Seen {
+    fn note_head<'h>(&mut self, status: u16, field: impl Fn(&'static str) -> &'h str) {
+        self.status = status;
+        self.answered_id = field("x-test-id").to_owned();
+        self.answered_attempt = field("x-test-attempt").to_owned();
+        self.retry_after = field("retry-after").to_owned();
+        self.should_retry = field("x-should-retry").to_owned();
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -112,16 +123,16 @@ impl Client {
     pub async fn ask(&mut self, id: u64, kind: Kind, habits: Habits) -> Seen {
         let now = Instant::now();
         let http2 = matches!(self.line, Line::Http2(_));
-        let (answered_id, answered_attempt) = (String::new(), String::new());
         let mut seen = Seen {
             id,
             kind,
             http2,
             ended: now,
             status: 0,
-            answered_id,
-            answered_attempt,
-            has_hint: false,
+            answered_id: String::new(),
+            answered_attempt: String::new(),
+            retry_after: String::new(),
+            should_retry: String::new(),
             head_order: None,
             body: Vec::new(),
             end: End::HungUp,
@@ -210,10 +221,7 @@ impl Http1 {
                 Err(error) => return End::Wrong(format!("no answer: {error}")),
             };
             seen.head_order = Some(clock.fetch_add(1, Ordering::Relaxed));
-            seen.status = head.status();
-            seen.answered_id = head.field("x-test-id").to_owned();
-            seen.answered_attempt = head.field("x-test-attempt").to_owned();
-            seen.has_hint = !head.field("retry-after").is_empty() || head.field("x-should-retry") == "false";
+            seen.note_head(head.status(), |name| head.field(name));
             match wire.body(head.framing(Framing::Close), |piece| seen.body.extend_from_slice(piece)).await {
                 Ok(()) => End::Whole,
                 Err(error) if error.kind() == std::io::ErrorKind::InvalidData => End::Wrong(error.to_string()),
@@ -306,10 +314,7 @@ async fn over_http2(
     };
     let field = |name| head.headers.get(name).map_or("", |value| value.to_str().unwrap_or("?"));
     seen.head_order = Some(clock.fetch_add(1, Ordering::Relaxed));
-    seen.status = head.status.as_u16();
-    seen.answered_id = field("x-test-id").to_owned();
-    seen.answered_attempt = field("x-test-attempt").to_owned();
-    seen.has_hint = !field("retry-after").is_empty() || field("x-should-retry") == "false";
+    seen.note_head(head.status.as_u16(), field);
     while let Some(frame) = body.frame().await {
         let Ok(frame) = frame else { return End::Broken };
         if let Ok(data) = frame.into_data() {

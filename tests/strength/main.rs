@@ -12,4 +12,5 @@ mod weir;
 mod wire;
 
 mod faults;
+mod overload;
 mod soak;

@@ -136,8 +136,12 @@ fn own_error(seen: &Seen) -> Result<Outcome, String> {
     let code = error["error"]["code"].as_str().unwrap_or_default();
     let known = OWN_ERRORS.iter().find(|known| **known == (seen.status, code));
     let (_, code) = known.ok_or("no error of the table")?;
-    let is_upload = *code == UPLOAD_TOO_SLOW && seen.kind == Kind::Upload;
-    if !seen.has_hint && !is_upload || !error["error"]["message"].is_string() {
+    let says_what_to_do = match seen.status {
+        429 | 503 => seen.retry_after.parse::<u64>().is_ok(),
+        408 => seen.kind == Kind::Upload,
+        _ => seen.should_retry == "false",
+    };
+    if !says_what_to_do || !error["error"]["message"].is_string() {
         return Err("it does not say what to do".to_owned());
     }
     Ok(Outcome::Failed(code))
