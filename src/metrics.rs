@@ -244,6 +244,8 @@ pub struct Gauges {
     pub buffered_bytes: u64,
     /// Tokens that requests under way are estimated to take.
     pub reserved_tokens: u64,
+    /// tokio's tasks alive, of all runtimes.
+    pub tasks: u64,
 }
 
 /// A table by [`ModelId::index`], filled as models come into use.
@@ -542,6 +544,11 @@ fn gauge_families(gauges: &Gauges) -> Vec<MetricFamily> {
             "weir_reserved_tokens",
             "Estimated tokens of requests under way, not settled yet.",
             vec![gauge(gauges.reserved_tokens as f64, &[])],
+        ),
+        row(
+            "weir_tasks",
+            "Tasks alive in weir: two for each connection or so, and a few of its own. Not to grow without these.",
+            vec![gauge(gauges.tasks as f64, &[])],
         ),
         row("weir_build_info", "1, with the version as a label.", vec![version]),
     ]

@@ -63,8 +63,6 @@ pub struct Relay {
     hiding: Option<Hiding>,
     /// What comes behind the body.
     trailers: Option<Frame<Bytes>>,
-    /// Why it broke off, until hyper has had a chance to write what came before: it drops that with an error.
-    broken: Option<BrokenOff>,
     /// When the last chunk came.
     quiet_since: Instant,
     /// Armed while waiting for a chunk; it may ring early, since it is not reset with each one.
@@ -96,18 +94,8 @@ impl Relay {
         let meter = Meter { format: if metered { Format::of(head) } else { Format::Opaque }, bytes: 0 };
         let hiding = hides_usage.then(Hiding::default);
         let (status, quiet_since) = (head.status, Instant::now());
-        let mut relay = Self {
-            source,
-            ledger,
-            status,
-            endpoint,
-            meter,
-            hiding,
-            trailers: None,
-            broken: None,
-            quiet_since,
-            alarm: None,
-        };
+        let mut relay =
+            Self { source, ledger, status, endpoint, meter, hiding, trailers: None, quiet_since, alarm: None };
         relay.end_if_whole();
         relay
     }
@@ -285,15 +273,7 @@ impl Body for Relay {
             if let Some(frame) = relay.passed_already() {
                 return Poll::Ready(Some(Ok(frame)));
             }
-            if let Some(broken) = relay.broken.take() {
-                return Poll::Ready(Some(Err(broken)));
-            }
             match ready!(relay.poll_next(cx)) {
-                Next::Frame(Err(broken)) => {
-                    relay.broken = Some(broken);
-                    cx.waker().wake_by_ref();
-                    return Poll::Pending;
-                }
                 Next::Frame(frame) => return Poll::Ready(Some(frame)),
                 Next::Hidden => {}
                 Next::End => return Poll::Ready(None),
@@ -303,7 +283,7 @@ impl Body for Relay {
 
     fn is_end_stream(&self) -> bool {
         let all_passed = self.hiding.as_ref().is_none_or(|hiding| hiding.passed.is_empty());
-        self.source.is_read() && all_passed && self.trailers.is_none() && self.broken.is_none()
+        self.source.is_read() && all_passed && self.trailers.is_none()
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -49,7 +49,7 @@ impl Running {
         let workers =
             Workers::start(cores, &proxy, &settings).map_err(|error| format!("cannot start a worker: {error}"))?;
         let workers = Arc::new(workers);
-        let admin = Admin::new(proxy.for_another_worker());
+        let admin = Admin::new(proxy.for_another_worker(), workers.clone());
         let (control, drain) = DrainControl::new();
         let mut listeners = JoinSet::new();
         for listener in bound {

@@ -15,9 +15,12 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
+use crate::metrics::Gauges;
 use crate::proxy::Proxy;
+use crate::server::Workers;
 use crate::server::edge::{Activity, Edge, EdgeLimits};
 
 /// Scrapers and probes at once; a further one waits.
@@ -30,14 +33,15 @@ const LIMITS: EdgeLimits =
 /// What the operators' listener tells of.
 pub struct Admin {
     proxy: Proxy,
+    workers: Arc<Workers>,
     /// Whether `/readyz` says yes.
     ready: AtomicBool,
 }
 
 impl Admin {
-    /// Tells of this proxy, which is ready.
-    pub fn new(proxy: Proxy) -> Arc<Self> {
-        Arc::new(Self { proxy, ready: AtomicBool::new(true) })
+    /// Tells of this proxy, which is ready, and of the threads that it runs on.
+    pub fn new(proxy: Proxy, workers: Arc<Workers>) -> Arc<Self> {
+        Arc::new(Self { proxy, workers, ready: AtomicBool::new(true) })
     }
 
     /// From now on `/readyz` says no: weir is about to stop.
@@ -94,7 +98,9 @@ impl Admin {
     }
 
     fn metrics(&self) -> Response<Full<Bytes>> {
-        let mut response = text(StatusCode::OK, self.proxy.metrics().encode(&self.proxy.gauges()));
+        let tasks = self.workers.tasks() + Handle::current().metrics().num_alive_tasks();
+        let gauges = Gauges { tasks: tasks as u64, ..self.proxy.gauges() };
+        let mut response = text(StatusCode::OK, self.proxy.metrics().encode(&gauges));
         let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
         response.headers_mut().insert(header::CONTENT_TYPE, kind);
         response

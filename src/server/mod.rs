@@ -26,6 +26,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use crate::config;
@@ -143,7 +144,7 @@ async fn serve(
     peer: Option<IpAddr>,
     active: ActiveRequest,
 ) -> Result<Response<Tracked>, Infallible> {
-    let response = proxy.serve(request, peer).await.map(|body| Tracked { body, _active: active });
+    let response = proxy.serve(request, peer).await.map(|body| Tracked::new(body, active));
     // A client whose window is shut from the start never asks for the first chunk.
     streams::gave();
     Ok(response)
@@ -183,7 +184,15 @@ fn http2(write_timeout: Duration) -> http2::Builder<StreamExecutor> {
 /// A response body that ends its request when it is dropped.
 struct Tracked {
     body: ResponseBody,
+    /// Where the answer has broken off, until hyper has had the time to write what came before that.
+    broken_off: Option<BrokenOff>,
     _active: ActiveRequest,
+}
+
+impl Tracked {
+    fn new(body: ResponseBody, active: ActiveRequest) -> Self {
+        Self { body, broken_off: None, _active: active }
+    }
 }
 
 impl Body for Tracked {
@@ -191,16 +200,28 @@ impl Body for Tracked {
     type Error = BrokenOff;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
+        let tracked = self.get_mut();
         streams::asked();
-        let frame = Pin::new(&mut self.get_mut().body).poll_frame(cx);
-        if let Poll::Ready(Some(_)) = frame {
-            streams::gave();
+        if let Some(broken_off) = tracked.broken_off.take() {
+            return Poll::Ready(Some(Err(broken_off)));
+        }
+        let frame = Pin::new(&mut tracked.body).poll_frame(cx);
+        match frame {
+            Poll::Ready(Some(Err(broken_off))) => {
+                // hyper drops what it has not written yet when a body fails, the head included. It writes when a body
+                // has nothing for now.
+                tracked.broken_off = Some(broken_off);
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            Poll::Ready(Some(Ok(_))) => streams::gave(),
+            Poll::Ready(None) | Poll::Pending => {}
         }
         frame
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.broken_off.is_none() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
@@ -219,6 +240,7 @@ struct Worker {
     /// Unbounded in form; bounded by `max_connections`, since each carries one of its permits.
     inbox: mpsc::UnboundedSender<Accepted>,
     open: Arc<AtomicUsize>,
+    runtime: Handle,
 }
 
 /// A connection on its way to its worker.
@@ -247,6 +269,11 @@ impl Workers {
     /// Clients connected now.
     pub fn connections(&self) -> usize {
         self.max_connections - self.connections.available_permits()
+    }
+
+    /// Tasks alive on all of these threads.
+    pub fn tasks(&self) -> usize {
+        self.workers.iter().map(|worker| worker.runtime.metrics().num_alive_tasks()).sum()
     }
 
     /// Accepts connections until the drain begins; then closes the listener.
@@ -299,9 +326,10 @@ impl Worker {
         let (inbox, accepted) = mpsc::unbounded_channel();
         let open = Arc::new(AtomicUsize::new(0));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let handle = runtime.handle().clone();
         let work = work(accepted, proxy, settings, open.clone());
         std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || runtime.block_on(work))?;
-        Ok(Self { inbox, open })
+        Ok(Self { inbox, open, runtime: handle })
     }
 }
 

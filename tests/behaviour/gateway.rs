@@ -1,7 +1,7 @@
 //! A gateway in memory that does what a test's script says, byte by byte.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
@@ -10,6 +10,8 @@ use tokio::time::Instant;
 use tower::service_fn;
 use tower::util::BoxCloneSyncService;
 use weir::upstream::connect::{ConnectError, Connector, Io};
+
+use crate::network::Network;
 
 /// What the gateway does once it has read a request.
 #[derive(Debug, Clone)]
@@ -75,6 +77,8 @@ struct State {
     hang_up: AtomicUsize,
     /// How long a connection takes to be made.
     connect_delay: Mutex<Duration>,
+    /// What lies between weir and the gateway; nothing where there is none.
+    network: OnceLock<Arc<Network>>,
     /// Answers follow a request's head, without its body being read first.
     early: AtomicBool,
     /// Bytes read from weir, and written to it by steps that are done.
@@ -98,6 +102,7 @@ impl Gateway {
             refuse: AtomicUsize::new(0),
             hang_up: AtomicUsize::new(0),
             connect_delay: Mutex::default(),
+            network: OnceLock::new(),
             early: AtomicBool::new(false),
             received: AtomicUsize::new(0),
             sent: AtomicUsize::new(0),
@@ -114,6 +119,11 @@ impl Gateway {
     /// Closes the next `count` connections as soon as they are made.
     pub fn hang_up_on(&self, count: usize) {
         self.0.hang_up.store(count, Ordering::Relaxed);
+    }
+
+    /// Lets all connections go through this network from now on.
+    pub fn reached_through(&self, network: Arc<Network>) {
+        self.0.network.set(network).expect("a gateway has one network");
     }
 
     /// Takes so long to accept a connection.
@@ -218,12 +228,19 @@ impl Gateway {
                 std::io::ErrorKind::ConnectionRefused.into(),
             ));
         }
-        let (ours, theirs) = tokio::io::duplex(64 << 10);
+        if let Some(network) = self.0.network.get() {
+            network.is_passable().await;
+        }
+        let (ours, mut theirs) = tokio::io::duplex(64 << 10);
         if self.0.hang_up.fetch_update(Ordering::Relaxed, Ordering::Relaxed, refusing).is_ok() {
             return Ok(Box::new(ours));
         }
         let connection = self.0.connections.fetch_add(1, Ordering::Relaxed);
         self.0.open.fetch_add(1, Ordering::Relaxed);
+        if let Some(network) = self.0.network.get() {
+            let (far, end) = tokio::io::duplex(64 << 10);
+            tokio::spawn(network.clone().carry(connection, std::mem::replace(&mut theirs, end), far));
+        }
         tokio::spawn(async move {
             self.serve(theirs, connection).await;
             self.0.open.fetch_sub(1, Ordering::Relaxed);

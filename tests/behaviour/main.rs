@@ -1,6 +1,7 @@
 //! How weir behaves, seen from both sides: real HTTP over pipes in memory, a scripted gateway, a paused clock.
 
 mod gateway;
+mod network;
 mod world;
 
 mod clients;

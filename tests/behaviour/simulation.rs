@@ -1,8 +1,13 @@
 //! A seeded simulation: some thousand mixed requests against a gateway that does anything it can think of, and clients
 //! that leave when they like. Whatever happens, the promises hold.
 //!
-//! `WEIR_SEEDS=200 cargo test --test behaviour simulation` runs more seeds, `WEIR_SEED=17` one. A seed tells the same
-//! story each time: backoff is capped at its base, so that even weir's jitter is none.
+//! In every second story there is a network between weir and the gateway, and it is bad: slow, in each direction as it likes,
+//! interrupted in one direction or both, and connections are cut in one direction. What the gateway sees is then not what
+//! weir has done at that time, so limits and budget are checked in the other stories only.
+//!
+//! `WEIR_SEEDS=200 cargo test --test behaviour simulation` runs more seeds, `WEIR_SEED=17` one, and
+//! `WEIR_SIMULATED_REQUESTS=5` makes them shorter (requests of each client). A seed tells the same story each time: backoff
+//! is capped at its base, so that even weir's jitter is none.
 
 mod clients;
 mod fates;
@@ -16,13 +21,14 @@ use rand::rngs::SmallRng;
 use rand::{RngExt as _, SeedableRng as _};
 use tokio::time::Instant;
 
+use crate::network::{CUT_ONE_OF, Network, Way};
 use crate::world::World;
 use clients::{Client, Line, Record};
 use fates::Tape;
 use rules::Rules;
 
 const CLIENTS: usize = 40;
-const REQUESTS_PER_CLIENT: usize = 30;
+const REQUESTS_PER_CLIENT: u64 = 30;
 
 /// Of eight clients, so many share HTTP/2 connections; the others have HTTP/1.1 connections of their own.
 const HTTP2_OF_EIGHT: usize = 3;
@@ -37,24 +43,30 @@ const AFTERMATH: Duration = Duration::from_secs(600);
 
 #[test]
 fn whatever_happens_every_promise_holds() {
-    let number = |name| std::env::var(name).ok().map(|text: String| text.parse::<u64>().expect("a number"));
-    let seeds = number("WEIR_SEED").map_or(1..=number("WEIR_SEEDS").unwrap_or(4), |seed| seed..=seed);
+    let seeds = setting("WEIR_SEED").map_or(1..=setting("WEIR_SEEDS").unwrap_or(4), |seed| seed..=seed);
+    let requests = setting("WEIR_SIMULATED_REQUESTS").unwrap_or(REQUESTS_PER_CLIENT);
     for seed in seeds {
-        simulate(seed);
+        simulate(seed, requests as usize);
     }
 }
 
 #[test]
 fn a_seed_tells_the_same_story_twice() {
-    assert_eq!(simulate(1), simulate(1));
+    for seed in [1, 2] {
+        assert_eq!(simulate(seed, 10), simulate(seed, 10));
+    }
+}
+
+fn setting(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|text| text.parse().expect("a number"))
 }
 
 /// Plays a seed, checks every promise, and returns what reached the gateway and when.
-fn simulate(seed: u64) -> Vec<(u128, String)> {
+fn simulate(seed: u64, requests_per_client: usize) -> Vec<(u128, String)> {
     let _named = NameSeed(seed);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
     runtime.expect("a runtime").block_on(async {
-        let story = play(seed).await;
+        let story = play(seed, requests_per_client).await;
         println!("seed {seed}: {}", story.summary());
         story.check();
         story.tape.attempts().iter().map(|it| ((it.at - story.world.start).as_millis(), it.id.clone())).collect()
@@ -77,17 +89,25 @@ struct Story {
     world: World,
     rules: Rules,
     tape: Arc<Tape>,
+    /// The network was bad.
+    stormy: bool,
+    requests_per_client: usize,
     /// What each client saw, in no order.
     records: Vec<Record>,
     /// `weir_retries_total`, once a second.
     retries: Vec<(Instant, f64)>,
 }
 
-async fn play(seed: u64) -> Story {
+async fn play(seed: u64, requests_per_client: usize) -> Story {
     let mut rng = SmallRng::seed_from_u64(seed);
     let rules = Rules::random(&mut rng);
     let tape = Arc::new(Tape::new(seed));
     let world = World::new(&rules.config(), tape.script());
+    let stormy = seed % 2 == 0;
+    let network = Arc::new(Network::default());
+    if stormy {
+        world.gateway.reached_through(network.clone());
+    }
     let mut shared = Vec::new();
     for number in 0..HTTP2_OF_EIGHT {
         shared.push(world.seen_from(&address(number)).http2().await);
@@ -98,12 +118,13 @@ async fn play(seed: u64) -> Story {
             let rng = SmallRng::seed_from_u64(seed.wrapping_mul(1000) + number as u64);
             tokio::spawn(
                 Client::new(number, world.seen_from(&address(number)), tape.clone(), rng, line)
-                    .run(REQUESTS_PER_CLIENT),
+                    .run(requests_per_client),
             )
         })
         .collect();
     drop(shared);
     let trouble = tokio::spawn(trouble_connections(world.clone(), rng));
+    let storm = tokio::spawn(storm(network.clone(), SmallRng::seed_from_u64(!seed)));
     let retries = Arc::new(Mutex::new(Vec::new()));
     let watch = tokio::spawn(count_retries(world.clone(), retries.clone()));
     let mut records = Vec::new();
@@ -114,9 +135,11 @@ async fn play(seed: u64) -> Story {
     }
     trouble.abort();
     watch.abort();
+    storm.abort();
+    network.interrupt(&[]);
     tokio::time::sleep(AFTERMATH).await;
     let retries = retries.lock().expect("nobody panics with it").clone();
-    Story { world, rules, tape, records, retries }
+    Story { world, rules, tape, stormy, requests_per_client, records, retries }
 }
 
 /// Where a client connects from: of each address there are several.
@@ -134,6 +157,23 @@ async fn trouble_connections(world: World, mut rng: SmallRng) {
         world.gateway.delay_connections(rules::CONNECT_TIMEOUT * 2);
         pause(100, 2000).await;
         world.gateway.delay_connections(Duration::ZERO);
+    }
+}
+
+/// At times bytes take long, at times they wait, and at times connections are cut.
+async fn storm(network: Arc<Network>, mut rng: SmallRng) {
+    loop {
+        let mut millis = |from, to| Duration::from_millis(rng.random_range(from..to));
+        tokio::time::sleep(millis(100, 3000)).await;
+        network.delay([millis(0, 200), millis(0, 200)]);
+        let (calm, interruption) = (millis(100, 2000), millis(10, 4000));
+        let way = Way::BOTH[rng.random_range(0..2)];
+        network.cut(way, rng.random_range(0..CUT_ONE_OF));
+        tokio::time::sleep(calm).await;
+        let ways = if rng.random_bool(0.5) { &Way::BOTH[..] } else { &[way] };
+        network.interrupt(ways);
+        tokio::time::sleep(interruption).await;
+        network.interrupt(&[]);
     }
 }
 

@@ -8,7 +8,7 @@ use http_body_util::{BodyExt as _, Full};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::gateway::{Seen, Step, answer, completion, error, event, stream, stream_head};
-use crate::world::{Answer, CHAT, STREAM, STREAM_WITH_USAGE, World, chat, collect, request, with};
+use crate::world::{Answer, CHAT, STREAM, STREAM_WITH_USAGE, World, chat, collect, over_http2, request, with};
 
 fn echo(_: &Seen) -> Vec<Step> {
     answer(200, &[("content-type", "application/json")], "{}")
@@ -573,4 +573,24 @@ async fn a_body_that_ends_like_an_answer_of_hypers_passes_as_it_came() {
     let mut all = String::new();
     io.read_to_string(&mut all).await.expect("read");
     assert!(all.ends_with(&format!("\r\n\r\nabcd{END}")), "{all}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_came_of_an_answer_that_breaks_off_is_passed_on_before_the_connection_is_cut() {
+    const HEAD: &str = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n";
+    for begun in ["", "{\"half\":"] {
+        let world = World::new("", move |_| [send(HEAD), send(begun), vec![Step::Close]].concat());
+        let mut raw = world.raw();
+        let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length";
+        raw.write(format!("{head}: {}\r\n\r\n{CHAT}", CHAT.len())).await;
+        let text = raw.rest().await;
+        assert!(text.starts_with("HTTP/1.1 200 OK\r\n"), "{begun}: {text:?}");
+        assert!(text.ends_with(&format!("\r\n\r\n{begun}")), "{begun}: {text:?}");
+
+        let mut sender = world.http2().await;
+        let response = sender.send_request(over_http2(chat(CHAT))).await.expect("a head");
+        let answer = collect(response).await;
+        assert_eq!((answer.status.as_u16(), answer.text().as_str(), answer.broken), (200, begun, true));
+        assert_eq!(world.gateway.seen().len(), 2, "nothing is sent again");
+    }
 }
