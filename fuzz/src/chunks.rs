@@ -15,6 +15,9 @@ pub fn expand(bytes: &[u8]) -> Vec<u8> {
     expanded
 }
 
+/// More bytes than this are cut less often, or a fuzzer would hardly get ahead.
+const FEW: usize = 4096;
+
 /// At so many places at most the bytes are cut into two.
 const MOST_HALVES: usize = 64;
 
@@ -24,10 +27,10 @@ pub fn cuts(bytes: &[u8]) -> Vec<Vec<&[u8]>> {
     let mut all = vec![vec![bytes]];
     let is_break = |byte: &u8| matches!(byte, b'\r' | b'\n');
     let is_place = |at: &usize| bytes.len() <= MOST_HALVES || bytes[at - 1..=*at].iter().any(is_break);
-    let places = (1..bytes.len()).filter(is_place).take(MOST_HALVES);
+    let places = (1..bytes.len()).filter(is_place).take(if bytes.len() <= FEW { MOST_HALVES } else { 4 });
     all.extend(places.map(|at| vec![&bytes[..at], &bytes[at..]]));
     let mut chance = Chance::of(bytes);
-    if bytes.len() <= 4096 {
+    if bytes.len() <= FEW {
         all.push(bytes.chunks(1).collect());
         all.push(by_chance(bytes, 8, &mut chance));
     }
