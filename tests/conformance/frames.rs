@@ -161,11 +161,12 @@ impl Http2 {
     /// Sends so many bytes on a stream, as fast as weir opens its windows.
     pub async fn upload(&mut self, stream: u32, bytes: usize) {
         const PIECE: usize = 16_000;
+        let piece = frame(DATA, 0, stream, vec![b'x'; PIECE]);
         for sent in (0..bytes).step_by(PIECE) {
             while [0, stream].iter().any(|it| sent + PIECE > 65_535 + self.windows.get(it).copied().unwrap_or(0)) {
                 assert!(self.read().await, "the connection ended");
             }
-            self.write(frame(DATA, 0, stream, [b'x'; PIECE])).await;
+            self.write(&piece).await;
         }
     }
 
@@ -185,12 +186,9 @@ impl Http2 {
 
     /// Reads more; `false` when weir has closed the connection.
     async fn read(&mut self) -> bool {
-        let mut buffer = [0; 16 << 10];
-        let read = within("weir says something on its HTTP/2 connection", self.io.read(&mut buffer)).await;
-        match read.unwrap_or(0) {
-            0 => self.closed = true,
-            read => self.unread.extend_from_slice(&buffer[..read]),
-        }
+        self.unread.reserve(16 << 10);
+        let read = within("weir says something on its HTTP/2 connection", self.io.read_buf(&mut self.unread)).await;
+        self.closed = read.unwrap_or(0) == 0;
         self.take_all().await;
         !self.closed
     }
