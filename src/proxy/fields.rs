@@ -67,6 +67,11 @@ fn check_host(head: &request::Parts) -> Result<(), &'static str> {
     if hosts.next().is_some() {
         return Err("the request has more than one Host header");
     }
+    if head.version == Version::HTTP_2
+        && let Some(authority) = head.uri.authority()
+    {
+        check_authority(authority, host)?;
+    }
     match host {
         Some(host)
             if host.is_empty()
@@ -98,6 +103,19 @@ fn forwards_left(head: &request::Parts) -> Option<u64> {
     }
     let hops = head.headers.get(header::MAX_FORWARDS)?.as_bytes();
     (!hops.is_empty() && hops.iter().all(u8::is_ascii_digit)).then(|| number(hops).unwrap_or(u64::MAX))
+}
+
+/// HTTP/2 tells the host in a field of its own, and may tell it in Host once more (RFC 9113, 8.3.1).
+fn check_authority(authority: &Authority, host: Option<&HeaderValue>) -> Result<(), &'static str> {
+    if authority.as_str().contains('@') {
+        return Err("the request's :authority is not a host");
+    }
+    match host {
+        Some(host) if !host.as_bytes().eq_ignore_ascii_case(authority.as_str().as_bytes()) => {
+            Err("the request's Host header is not its :authority")
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Makes a client's fields those of the request to the gateway.

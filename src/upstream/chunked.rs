@@ -16,8 +16,8 @@ const MAX_TRAILERS: usize = 16 << 10;
 /// The most trailer fields.
 const MAX_TRAILER_FIELDS: usize = 64;
 
-/// Decodes one chunked body.
-#[derive(Debug)]
+/// Decodes one chunked body, from its start.
+#[derive(Debug, Default)]
 pub struct ChunkedDecoder {
     state: State,
     extension_bytes: usize,
@@ -61,11 +61,6 @@ enum State {
 }
 
 impl ChunkedDecoder {
-    /// A decoder at the start of a body.
-    pub fn new() -> Self {
-        Self { state: State::NEXT_CHUNK, extension_bytes: 0, trailer_section: Vec::new(), trailers: None }
-    }
-
     /// Whether there is an error to be told.
     pub fn is_malformed(&self) -> bool {
         matches!(self.state, State::Malformed(_))
@@ -189,6 +184,12 @@ impl State {
     const NEXT_CHUNK: Self = Self::Size { so_far: 0, digits: 0 };
 }
 
+impl Default for State {
+    fn default() -> Self {
+        Self::NEXT_CHUNK
+    }
+}
+
 fn parse_trailers(section: &[u8]) -> Result<Option<HeaderMap>, Malformed> {
     let malformed = Malformed("the trailers of its body are malformed");
     let mut lines = [httparse::EMPTY_HEADER; MAX_TRAILER_FIELDS];
@@ -211,7 +212,7 @@ mod tests {
 
     /// The body's data and trailers, with the input cut into pieces of that size.
     fn decode(input: &[u8], piece: usize) -> Result<(Vec<u8>, Option<HeaderMap>, bool), WireError> {
-        let (mut decoder, mut data) = (ChunkedDecoder::new(), Vec::new());
+        let (mut decoder, mut data) = (ChunkedDecoder::default(), Vec::new());
         for piece in input.chunks(piece) {
             decoder.decode(piece, &mut data)?;
         }
@@ -232,7 +233,7 @@ mod tests {
 
     #[test]
     fn what_stands_behind_the_end_is_left() {
-        let (mut decoder, mut data) = (ChunkedDecoder::new(), Vec::new());
+        let (mut decoder, mut data) = (ChunkedDecoder::default(), Vec::new());
         let input = b"1\r\na\r\n0\r\n\r\nHTTP/1.1 200";
         assert_eq!(decoder.decode(input, &mut data).expect("a body"), input.len() - 12);
         assert!(decoder.is_done() && !decoder.has_trailers());
@@ -268,7 +269,7 @@ mod tests {
 
     #[test]
     fn what_came_before_an_error_is_told_first() {
-        let (mut decoder, mut data) = (ChunkedDecoder::new(), Vec::new());
+        let (mut decoder, mut data) = (ChunkedDecoder::default(), Vec::new());
         assert!(decoder.decode(b"5\r\nhello\r\nno size\r\n", &mut data).is_ok());
         assert!(data == b"hello" && decoder.is_malformed() && !decoder.is_done());
         assert!(decoder.decode(b"", &mut data).is_err());

@@ -207,7 +207,7 @@ impl Reader {
     fn new(framing: Framing) -> Self {
         match framing {
             Framing::Length(length) => Self::Length(length),
-            Framing::Chunked => Self::Chunked(ChunkedDecoder::new()),
+            Framing::Chunked => Self::Chunked(ChunkedDecoder::default()),
             Framing::UntilClose => Self::UntilClose,
         }
     }

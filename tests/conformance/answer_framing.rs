@@ -242,6 +242,16 @@ async fn a_gateway_of_http_1_0_that_keeps_alive_is_asked_in_weirs_own_version_ag
 }
 
 #[tokio::test]
+async fn an_answer_that_breaks_off_before_its_first_byte_is_an_answer_still() {
+    for says in [ok("content-length: 10", ""), chunked("")] {
+        let world = World::new("", move |_| vec![send(&says), Act::Close]).await;
+        let mut client = world.client().await;
+        client.write(GET).await;
+        assert!(client.answer().await.is_some(), "the connection is closed without a word");
+    }
+}
+
+#[tokio::test]
 async fn the_harness_knows_what_the_gateway_is_asked() {
     let world = World::fine().await;
     world.is_well("nothing happened").await;

@@ -360,12 +360,8 @@ async fn connection_cannot_name_away_what_delimits_an_answer() {
     for (says, end) in [
         (ok("connection: content-length\r\ncontent-length: 5", "hello"), End::Length),
         (ok("connection: transfer-encoding\r\ntransfer-encoding: chunked", "5\r\nhello\r\n0\r\n\r\n"), End::Chunks),
-        (ok("connection: ,, \x01, \"\r\nconnection: \r\ncontent-length: 5", "hello"), End::Length),
+        (ok("connection: ,, (, \"\r\nconnection: \r\ncontent-length: 5", "hello"), End::Length),
     ] {
-        if says.contains('\x01') {
-            // No field at all.
-            continue;
-        }
         let world = world(says, None).await;
         let mut client = world.client().await;
         client.write(GET.repeat(2)).await;

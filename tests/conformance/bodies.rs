@@ -381,3 +381,20 @@ async fn other_expectations_and_those_of_http_1_0_are_not_answered_and_stay_behi
     assert_eq!((answer.status, answer.informational.len()), (200, 0));
     assert_eq!(client.rest().await, (vec![], Closed::Cleanly));
 }
+
+/// It writes on for as long as it can, and looks for an answer only then.
+#[tokio::test]
+async fn a_client_that_reads_only_when_it_has_written_all_finds_the_refusal() {
+    let world = World::new("[server]\nmax_body = \"1KiB\"\n", |_| vec![send(FINE)]).await;
+    for framing in ["content-length: 16000000", "transfer-encoding: chunked"] {
+        let mut client = world.client().await;
+        client.write(post("/v1/chat/completions", framing, "")).await;
+        for _ in 0..100 {
+            client.write(format!("{:x}\r\n{}\r\n", 100_000, "x".repeat(100_000))).await;
+        }
+        let answer = client.answer().await.expect("an answer");
+        assert_eq!((answer.status, answer.code().as_str()), (413, "request_too_large"), "{framing}");
+        assert_eq!(world.upstream.received(), "");
+        world.holds_nothing(framing).await;
+    }
+}

@@ -135,13 +135,6 @@ impl Client {
         }
     }
 
-    /// Waits until so many bytes are there that no answer has taken.
-    pub async fn has(&mut self, bytes: usize) {
-        while self.unread.len() < bytes {
-            assert!(self.read().await, "the connection ended: {}", escaped(&self.unread));
-        }
-    }
-
     /// Waits until weir closes the connection: what came before, and how it was closed.
     pub async fn rest(&mut self) -> (Vec<u8>, Closed) {
         while self.read().await {}
@@ -163,11 +156,11 @@ impl Client {
         if self.end.is_some() {
             return false;
         }
-        let mut bytes = [0; 16 << 10];
         let waiting = format!("weir says more than {}", escaped(&self.unread));
-        match within(&waiting, self.io.read(&mut bytes)).await {
+        self.unread.reserve(16 << 10);
+        match within(&waiting, self.io.read_buf(&mut self.unread)).await {
             Ok(0) => self.end = Some(Closed::Cleanly),
-            Ok(read) => self.unread.extend_from_slice(&bytes[..read]),
+            Ok(_) => {}
             Err(_) => self.end = Some(Closed::Reset),
         }
         self.end.is_none()

@@ -268,13 +268,11 @@ impl Conversation {
 
     /// Reads more; `false` when weir has closed the connection.
     async fn read(&mut self) -> bool {
-        let mut bytes = [0; 16 << 10];
-        let read = self.io.read(&mut bytes).await.unwrap_or(0);
-        self.inner.change(|record| {
-            let connection = &mut record.connections[self.number];
-            connection.bytes.extend_from_slice(&bytes[..read]);
-        });
-        read > 0
+        let mut bytes = Vec::with_capacity(16 << 10);
+        // A reset is an end too.
+        let _ = self.io.read_buf(&mut bytes).await;
+        self.inner.change(|record| record.connections[self.number].bytes.extend_from_slice(&bytes));
+        !bytes.is_empty()
     }
 }
 
