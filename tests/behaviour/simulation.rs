@@ -103,7 +103,7 @@ async fn play(seed: u64, requests_per_client: usize) -> Story {
     let rules = Rules::random(&mut rng);
     let tape = Arc::new(Tape::new(seed));
     let world = World::new(&rules.config(), tape.script());
-    let stormy = seed % 2 == 0;
+    let stormy = seed.is_multiple_of(2);
     let network = Arc::new(Network::default());
     if stormy {
         world.gateway.reached_through(network.clone());
