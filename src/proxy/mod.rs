@@ -194,23 +194,26 @@ impl Proxy {
             repeatable: call.is_repeatable(),
             probe: false,
         };
-        let (mut free_probes, mut owes_retry) = (0, false);
+        let (mut free_probes, mut owes_retry) = (0, None);
         let mut last: Option<Result<Answer, Failure>> = None;
         loop {
             let permit = match self.admit(applicant, ledger).await {
                 Ok(permit) => permit,
                 Err(refusal) => return last.map_or(Err(refusal), given_up),
             };
-            if owes_retry && !self.shared.policy.pay(Instant::now()) {
-                // Another was quicker; this permit goes back, and the request waits for the budget again.
-                drop(permit);
-                match last {
-                    Some(kept) if !self.waits_for_budget(&call, applicant, ledger).await => return given_up(kept),
-                    kept => last = kept,
+            if let Some(reason) = owes_retry {
+                if !self.shared.policy.pay(Instant::now()) {
+                    // Another was quicker; this permit goes back, and the request waits for the budget again.
+                    drop(permit);
+                    match last {
+                        Some(kept) if !self.waits_for_budget(&call, applicant, ledger).await => return given_up(kept),
+                        kept => last = kept,
+                    }
+                    continue;
                 }
-                continue;
+                ledger.retries(reason);
+                owes_retry = None;
             }
-            owes_retry = false;
             if ledger.attempts() == 0 {
                 self.shared.policy.first_attempt(Instant::now());
             }
@@ -240,7 +243,6 @@ impl Proxy {
                 // The gateway's quota is behind weir's: given back, these tokens would buy the next in line another refusal.
                 permit.used(permit.cost().tokens());
             }
-            ledger.retries(tried.result);
             match tries.probe {
                 true => free_probes += 1,
                 false => tries.retries += 1,
@@ -259,7 +261,7 @@ impl Proxy {
             if !self.waits_for_budget(&call, applicant, ledger).await {
                 return given_up(kept);
             }
-            (last, owes_retry) = (Some(kept), true);
+            (last, owes_retry) = (Some(kept), Some(tried.result));
             ledger.spent_elsewhere(asleep.elapsed());
         }
     }

@@ -19,8 +19,9 @@ const MAX_FIELDS: usize = 100;
 /// No body is that long; hyper has a meaning of its own for what is longer.
 const MAX_LENGTH: u64 = u64::MAX - 2;
 
-/// What weir adds to an answer's fields.
-const OWN_FIELDS: usize = 10;
+/// Room for what weir adds to an answer's fields. With the usual few of a gateway's it is a map of the smaller size, which
+/// hyper keeps while the answer streams.
+const OWN_FIELDS: usize = 8;
 
 const MALFORMED: WireError = WireError::Malformed("it is not HTTP/1.1");
 

@@ -332,3 +332,11 @@ async fn a_gateway_that_closes_new_connections_is_not_tried_without_end() {
     world.gateway.hang_up_on(0);
     assert_eq!(world.chat().await.status, 200, "nothing was written, so the cell is still there");
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_retry_that_is_not_let_through_is_not_counted_as_one() {
+    let world = World::new("[limits]\nrequests = { rate = \"1/h\", burst = 1 }\n", |_| error(503, &[]));
+    let answer = world.chat().await;
+    assert_eq!((answer.status.as_u16(), world.gateway.seen().len()), (503, 1));
+    assert_eq!(world.metric_sum("weir_retries_total", ""), 0.0);
+}

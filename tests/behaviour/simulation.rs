@@ -5,9 +5,8 @@
 //! interrupted in one direction or both, and connections are cut in one direction. What the gateway sees is then not what
 //! weir has done at that time, so limits and budget are checked in the other stories only.
 //!
-//! `WEIR_SEEDS=200 cargo test --test behaviour simulation` runs more seeds, `WEIR_SEED=17` one, and
-//! `WEIR_SIMULATED_REQUESTS=5` makes them shorter (requests of each client). A seed tells the same story each time: backoff
-//! is capped at its base, so that even weir's jitter is none.
+//! `WEIR_SEEDS=200 cargo test --test behaviour simulation` runs more seeds, `WEIR_SEED=17` one. A seed tells the same
+//! story each time: backoff is capped at its base, so that even weir's jitter is none.
 
 mod clients;
 mod fates;
@@ -28,7 +27,7 @@ use fates::Tape;
 use rules::Rules;
 
 const CLIENTS: usize = 40;
-const REQUESTS_PER_CLIENT: u64 = 30;
+const REQUESTS_PER_CLIENT: usize = 30;
 
 /// Of eight clients, so many share HTTP/2 connections; the others have HTTP/1.1 connections of their own.
 const HTTP2_OF_EIGHT: usize = 3;
@@ -43,10 +42,10 @@ const AFTERMATH: Duration = Duration::from_secs(600);
 
 #[test]
 fn whatever_happens_every_promise_holds() {
-    let seeds = setting("WEIR_SEED").map_or(1..=setting("WEIR_SEEDS").unwrap_or(4), |seed| seed..=seed);
-    let requests = setting("WEIR_SIMULATED_REQUESTS").unwrap_or(REQUESTS_PER_CLIENT);
+    let number = |name| std::env::var(name).ok().map(|text: String| text.parse::<u64>().expect("a number"));
+    let seeds = number("WEIR_SEED").map_or(1..=number("WEIR_SEEDS").unwrap_or(4), |seed| seed..=seed);
     for seed in seeds {
-        simulate(seed, requests as usize);
+        simulate(seed, REQUESTS_PER_CLIENT);
     }
 }
 
@@ -55,10 +54,6 @@ fn a_seed_tells_the_same_story_twice() {
     for seed in [1, 2] {
         assert_eq!(simulate(seed, 10), simulate(seed, 10));
     }
-}
-
-fn setting(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|text| text.parse().expect("a number"))
 }
 
 /// Plays a seed, checks every promise, and returns what reached the gateway and when.
@@ -103,7 +98,7 @@ async fn play(seed: u64, requests_per_client: usize) -> Story {
     let rules = Rules::random(&mut rng);
     let tape = Arc::new(Tape::new(seed));
     let world = World::new(&rules.config(), tape.script());
-    let stormy = seed % 2 == 0;
+    let stormy = seed.is_multiple_of(2);
     let network = Arc::new(Network::default());
     if stormy {
         world.gateway.reached_through(network.clone());

@@ -29,7 +29,7 @@ max_delay = \"40ms\"
 [timeouts]
 connect = \"1s\"
 first_event = \"1s\"
-response = \"2s\"
+response = \"1s\"
 idle = \"1s\"
 deadline = \"8s\"
 [models.\"gpt-4.1-mini\"]

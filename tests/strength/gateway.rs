@@ -80,13 +80,13 @@ impl Gateway {
 
     /// Every attempt, in order, and none of them any more after that.
     pub fn take_attempts(&self) -> Vec<Attempt> {
-        self.state.counts.lock().unwrap().clear();
-        std::mem::take(&mut *self.state.attempts.lock().unwrap())
+        self.state.counts.lock().expect("nobody panics with it").clear();
+        std::mem::take(&mut *self.state.attempts.lock().expect("nobody panics with it"))
     }
 
     /// What was wrong with requests that came.
     pub fn wrong(&self) -> Vec<String> {
-        self.state.wrong.lock().unwrap().clone()
+        self.state.wrong.lock().expect("nobody panics with it").clone()
     }
 
     /// Closes all connections that carry no request.
@@ -103,15 +103,15 @@ impl Drop for Gateway {
 
 /// A socket on this address, which several may have at once.
 fn socket(address: SocketAddr) -> TcpSocket {
-    let socket = TcpSocket::new_v4().unwrap();
-    socket.set_reuseaddr(true).unwrap();
-    socket.set_reuseport(true).unwrap();
-    socket.bind(address).unwrap();
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.set_reuseaddr(true).expect("a socket has that option");
+    socket.set_reuseport(true).expect("a socket has that option");
+    socket.bind(address).expect("the port is free, or shared");
     socket
 }
 
 fn listen(address: SocketAddr) -> TcpListener {
-    socket(address).listen(4096).unwrap()
+    socket(address).listen(4096).expect("a bound socket can listen")
 }
 
 /// Accepts, but for some moments in which connections are refused. `_reserved` does not listen, but keeps others from the
@@ -120,15 +120,18 @@ async fn keep_door(state: Arc<State>, _reserved: TcpSocket, mut listener: TcpLis
     let address = listener.local_addr().expect("it is bound");
     let mut connections = Connections { tasks: JoinSet::new(), number: 0 };
     let mut rng = state.plan.rng(DOOR, 0);
-    while state.plan.faults {
+    loop {
         let open_for = Duration::from_millis(rng.random_range(300..1500));
         let shut_for = Duration::from_millis(rng.random_range(5..40));
-        let _ = tokio::time::timeout(open_for, connections.accept(&state, &listener)).await;
+        let accepting = connections.accept(&state, &listener);
+        if !state.plan.faults {
+            return accepting.await;
+        }
+        let _ = tokio::time::timeout(open_for, accepting).await;
         drop(listener);
         tokio::time::sleep(shut_for).await;
         listener = listen(address);
     }
-    connections.accept(&state, &listener).await;
 }
 
 /// The connections that were made.
@@ -248,14 +251,22 @@ impl State {
             return None;
         };
         let number = {
-            let mut counts = self.counts.lock().unwrap();
+            let mut counts = self.counts.lock().expect("nobody panics with it");
             let count = counts.entry(id).or_default();
             *count += 1;
             *count
         };
         let fate = fate.unwrap_or_else(|| self.plan.fate(id, number, kind));
         let order = self.clock.fetch_add(1, Ordering::Relaxed);
-        self.attempts.lock().unwrap().push(Attempt { id, number, kind, at: Instant::now(), order, fate, reused });
+        self.attempts.lock().expect("nobody panics with it").push(Attempt {
+            id,
+            number,
+            kind,
+            at: Instant::now(),
+            order,
+            fate,
+            reused,
+        });
         Some((id, number, kind))
     }
 
@@ -290,6 +301,6 @@ impl State {
     }
 
     fn complain(&self, what: String) {
-        self.wrong.lock().unwrap().push(what);
+        self.wrong.lock().expect("nobody panics with it").push(what);
     }
 }

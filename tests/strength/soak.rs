@@ -18,8 +18,8 @@ use crate::weir::{Metrics, Weir, setting};
 const CLIENTS: usize = 64;
 
 /// The requests of one cycle, and how many cycles there are.
-const REQUESTS: u64 = 150;
-const CYCLES: u64 = 6;
+const REQUESTS: u64 = 120;
+const CYCLES: u64 = 3;
 
 /// Of an hour: how long is a round, after which everything is looked at, and how often a sample is taken.
 const ROUND: Duration = Duration::from_secs(120);

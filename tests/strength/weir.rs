@@ -51,7 +51,7 @@ impl Weir {
         let (address, admin, heard) = (address("address"), address("admin"), said.clone());
         std::thread::spawn(move || {
             for line in lines.map_while(Result::ok).filter(|line| !is_usual(line)) {
-                heard.lock().unwrap().push(line);
+                heard.lock().expect("nobody panics with it").push(line);
             }
         });
         Self { child, address, admin, said }
@@ -63,7 +63,7 @@ impl Weir {
 
     /// What it said that is no warning: panics and errors among it.
     pub fn said(&self) -> Vec<String> {
-        self.said.lock().unwrap().clone()
+        self.said.lock().expect("nobody panics with it").clone()
     }
 
     /// Asks the admin listener; whatever is the matter with weir, it has to answer within the deadline.

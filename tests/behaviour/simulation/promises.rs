@@ -16,6 +16,9 @@ const LANE_SLOTS: usize = 1000;
 /// As many retries as are always allowed within ten seconds.
 const BUDGET_FLOOR: f64 = 10.0;
 
+/// A try, three retries, and the probes for others' good that cost none.
+const MOST_TRIES: usize = 1 + 3 + 10;
+
 /// A request that streams through waits at most so long, and only then sees weir that its client has left.
 const UPLOAD_WAIT: Duration = Duration::from_secs(10);
 
@@ -248,7 +251,8 @@ fn check_attempts(record: &Record, attempts: &[&Attempt], stormy: bool) {
     let looks_stale = |it: &Attempt| it.looks_stale() || (stormy && it.reused);
     let stale = attempts.iter().filter(|it| looks_stale(it) && is_repeatable(it.kind)).count();
     let without_option = attempts.iter().filter(|it| it.may_be_for_the_option()).count().min(1);
-    assert!(attempts.len() <= 4 + stale + without_option, "{} attempts, {stale} stale: {record:?}", attempts.len());
+    let most = MOST_TRIES + stale + without_option;
+    assert!(attempts.len() <= most, "{} attempts, {stale} stale: {record:?}", attempts.len());
     if let Some(head) = record.head_order {
         assert!(attempts.iter().all(|attempt| attempt.order < head), "sent again after an answer: {record:?}");
     }
