@@ -106,7 +106,7 @@ pub struct Gate {
 /// [`Permit::refused`] say, or, where nobody said anything, to the prompt's estimate: the gateway may have read it.
 pub struct Permit {
     gate: Arc<Gate>,
-    grant: Grant,
+    grant: Box<Grant>,
     /// What its estimate was made from, and for which model.
     estimated: Option<(ModelId, Size)>,
     /// How often the gateway may have seen the request.
@@ -336,7 +336,7 @@ impl Gate {
     fn permit(&self, grant: Grant) -> Permit {
         let gate = self.me.upgrade().expect("a gate that is asked is alive");
         let used = Used::Tokens(grant.cost().prompt);
-        Permit { gate, grant, estimated: None, written: 0, used }
+        Permit { gate, grant: Box::new(grant), estimated: None, written: 0, used }
     }
 
     fn learned<T>(&self, model: ModelId, look: impl FnOnce(&mut Learned) -> T) -> T {
@@ -429,7 +429,6 @@ impl std::fmt::Debug for Permit {
 }
 
 /// What a request that was not refused has.
-#[expect(clippy::large_enum_variant, reason = "one at a time, on the stack, and most are permits")]
 enum Place {
     Permit(Permit),
     Waiting(Ticket, oneshot::Receiver<Turn>),

@@ -166,6 +166,9 @@ pub fn go_duration(text: &str) -> Option<Duration> {
 /// Writes a duration as Go does, in whole milliseconds: it is rounded up, so that who waits so long has waited enough.
 fn to_go_duration(duration: Duration) -> String {
     let millis = duration.as_nanos().div_ceil(1_000_000);
+    if millis == 0 {
+        return "0s".to_owned();
+    }
     if let Some(millis) = u16::try_from(millis).ok().filter(|millis| (1..1000).contains(millis)) {
         return [itoa::Buffer::new().format(millis), "ms"].concat();
     }

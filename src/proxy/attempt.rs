@@ -24,7 +24,7 @@ const MAX_HEAD_HOLD: Duration = Duration::from_secs(2);
 pub(super) struct Tried {
     pub(super) ending: Ending,
     pub(super) result: AttemptResult,
-    pub(super) outcome: Result<Answer, Failure>,
+    pub(super) outcome: Result<Box<Answer>, Failure>,
     /// The gateway refused it, and that may be because weir asked for the stream's usage.
     pub(super) option_refused: bool,
     /// The permit of one that the gateway refused for its quota.
@@ -133,7 +133,8 @@ impl Proxy {
         let asked_for_client = matches!(call.usage, AsksUsage::ForClient(_));
         let hides_usage = asked_for_client && head.status.is_success() && relay::is_event_stream(&head);
         let source = Source { opening: Opening::default(), rest: Some(body), permit: Some(permit), patience };
-        let mut answer = Answer { head, source, hides_usage };
+        // In a box: it is handed on several times.
+        let mut answer = Box::new(Answer { head, source, hides_usage });
         let until = limit.at.min(Instant::now() + MAX_HEAD_HOLD);
         let status = answer.head.status;
         let result = retry::result_of(status);
@@ -202,8 +203,9 @@ impl Limit {
 
 impl Answer {
     /// Keeps the answer, and gives the slot back.
-    pub(super) fn without_permit(self) -> Self {
-        Self { source: Source { rest: None, permit: None, ..self.source }, ..self }
+    pub(super) fn without_permit(mut self: Box<Self>) -> Box<Self> {
+        (self.source.rest, self.source.permit) = (None, None);
+        self
     }
 
     fn ending(&self, hopeless: bool) -> Ending {
@@ -243,7 +245,7 @@ impl Answer {
 
     /// Holds a stream back until its first output, or until it has taken too long to be held. One that comes to nothing
     /// before that can still be tried again.
-    async fn hold_preamble(mut self, metered: bool, until: Instant, limit: Limit) -> Tried {
+    async fn hold_preamble(mut self: Box<Self>, metered: bool, until: Instant, limit: Limit) -> Tried {
         let Source { opening, rest, .. } = &mut self.source;
         let beginning = match rest {
             Some(rest) if metered => opening.first_output(rest, until).await,
@@ -276,7 +278,7 @@ impl Answer {
     }
 
     /// An attempt that has brought the beginning of a stream.
-    fn tried(self, ending: Ending, result: AttemptResult) -> Tried {
+    fn tried(self: Box<Self>, ending: Ending, result: AttemptResult) -> Tried {
         let own_fault = matches!(ending, Ending::Answer { hopeless: true, .. });
         let heard = self.heard(ending, own_fault);
         let echo = self.source.permit.as_ref().map(|permit| permit.hear(&heard)).unwrap_or_default();
@@ -302,7 +304,7 @@ fn unanswered(error: &SendError, call: &Call) -> Tried {
 }
 
 /// weir has tried often enough: the SDK that gets this must not begin anew.
-pub(super) fn given_up(outcome: Result<Answer, Failure>) -> Result<Answer, Failure> {
+pub(super) fn given_up(outcome: Result<Box<Answer>, Failure>) -> Result<Box<Answer>, Failure> {
     outcome.map(|mut answer| {
         error::no_retry(&mut answer.head.headers);
         answer

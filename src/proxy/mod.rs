@@ -48,6 +48,9 @@ use usage_option::UsageOption;
 /// How many of a request's attempts may find out for all whether the gateway is back, and cost it no retry.
 const MOST_FREE_PROBES: u32 = 10;
 
+/// Fields that weir adds to an answer.
+const MOST_OWN_FIELDS: usize = 10;
+
 /// How often it is looked whether the budget allows a retry that waits for it.
 const BUDGET_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -179,7 +182,7 @@ impl Proxy {
         asked: &mut Asked,
         peer: Option<IpAddr>,
         ledger: &mut Ledger,
-    ) -> Result<Answer, Failure> {
+    ) -> Result<Box<Answer>, Failure> {
         fields::check(&head, &self.shared.via)?;
         let (method, uri) = (head.method.clone(), head.uri.clone());
         let route = route::route(&method, uri.path()).ok_or_else(|| call::unknown_path(&head))?;
@@ -195,7 +198,7 @@ impl Proxy {
             probe: false,
         };
         let (mut free_probes, mut owes_retry) = (0, None);
-        let mut last: Option<Result<Answer, Failure>> = None;
+        let mut last: Option<Result<Box<Answer>, Failure>> = None;
         loop {
             let permit = match self.admit(applicant, ledger).await {
                 Ok(permit) => permit,
@@ -328,11 +331,12 @@ impl Proxy {
     }
 
     /// The gateway's answer, with what weir adds.
-    fn respond(&self, answer: Answer, endpoint: Option<Endpoint>, mut ledger: Ledger) -> Response<ResponseBody> {
-        let Answer { mut head, source, hides_usage } = answer;
+    fn respond(&self, answer: Box<Answer>, endpoint: Option<Endpoint>, mut ledger: Ledger) -> Response<ResponseBody> {
+        let Answer { mut head, source, hides_usage } = *answer;
         let now = Instant::now();
         ledger.answer_begins(now);
         fields::to_client(&mut head);
+        head.headers.reserve(MOST_OWN_FIELDS);
         add_own_fields(&mut head.headers, &ledger, now);
         let endpoint = endpoint.filter(|_| head.status.is_success());
         if hides_usage {

@@ -19,10 +19,6 @@ const MAX_FIELDS: usize = 100;
 /// No body is that long; hyper has a meaning of its own for what is longer.
 const MAX_LENGTH: u64 = u64::MAX - 2;
 
-/// Room for what weir adds to an answer's fields. With the usual few of a gateway's it is a map of the smaller size, which
-/// hyper keeps while the answer streams.
-const OWN_FIELDS: usize = 8;
-
 const MALFORMED: WireError = WireError::Malformed("it is not HTTP/1.1");
 
 /// A request's head, ready to be sent as often as needed. Only the body's length is missing.
@@ -125,7 +121,7 @@ pub fn take_head(read: Bytes, asked: &Method) -> Result<Taken, WireError> {
     let (mut parts, ()) = Response::new(()).into_parts();
     parts.status = parsed.code.and_then(|code| StatusCode::from_u16(code).ok()).ok_or(MALFORMED)?;
     parts.version = if parsed.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
-    parts.headers.reserve(parsed.headers.len() + OWN_FIELDS);
+    parts.headers.reserve(parsed.headers.len());
     for line in &*parsed.headers {
         let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| MALFORMED)?;
         let value = HeaderValue::from_maybe_shared(read.slice_ref(line.value)).map_err(|_| MALFORMED)?;

@@ -67,7 +67,7 @@ pub struct Exchange {
 pub struct AnswerBody {
     reader: Reader,
     /// Until the end was read, or it broke.
-    connection: Option<Connection>,
+    connection: Option<Box<Connection>>,
     pool: Arc<Pool>,
 }
 
@@ -106,7 +106,7 @@ impl Upstream {
     ///
     /// # Errors
     /// No connection could be made, or not within `timeouts.connect`.
-    pub async fn connection(&self, repeatable: bool, fresh: bool) -> Result<Connection, SendError> {
+    pub async fn connection(&self, repeatable: bool, fresh: bool) -> Result<Box<Connection>, SendError> {
         let max_idle = if repeatable { MaxIdle::Repeatable } else { MaxIdle::Once };
         let pooled = if fresh { None } else { self.pool.take(max_idle) };
         match pooled {
@@ -122,7 +122,7 @@ impl Upstream {
     /// Why no answer came.
     pub async fn send(
         &self,
-        mut connection: Connection,
+        mut connection: Box<Connection>,
         outgoing: &Outgoing,
         payload: Payload,
     ) -> Result<Exchange, SendError> {
@@ -141,7 +141,7 @@ impl Upstream {
         }
     }
 
-    async fn connect(&self) -> Result<Connection, SendError> {
+    async fn connect(&self) -> Result<Box<Connection>, SendError> {
         let connecting = async {
             let mut connector = self.connector.clone();
             connector.ready().await?.call(self.origin.clone()).await
@@ -151,7 +151,7 @@ impl Upstream {
         Ok(self.pool.adopt(Wire::new(io)))
     }
 
-    fn answered(&self, head: response::Parts, reader: Reader, connection: Connection) -> Exchange {
+    fn answered(&self, head: response::Parts, reader: Reader, connection: Box<Connection>) -> Exchange {
         let mut body = AnswerBody { reader, connection: Some(connection), pool: self.pool.clone() };
         // Without a body there is no end to be read.
         if body.reader.is_done() {

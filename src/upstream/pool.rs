@@ -43,7 +43,6 @@ pub struct Connection {
     #[expect(dead_code, reason = "it is there to be dropped")]
     open: Open,
     /// While it is not in the pool.
-    #[expect(dead_code, reason = "it is there to be dropped")]
     active: Option<Active>,
 }
 
@@ -108,7 +107,7 @@ pub struct Pool {
 #[derive(Debug, Default)]
 struct IdleList {
     /// The longest idle first.
-    connections: Vec<(Instant, Connection)>,
+    connections: Vec<(Instant, Box<Connection>)>,
     /// A task is there that closes what gets old.
     swept: bool,
 }
@@ -120,29 +119,30 @@ impl Pool {
     }
 
     /// A connection that is ready for a request, the one that was used last.
-    pub fn take(&self, max_idle: MaxIdle) -> Option<Connection> {
+    pub fn take(&self, max_idle: MaxIdle) -> Option<Box<Connection>> {
         let now = Instant::now();
         let longest = if max_idle == MaxIdle::Once { MAX_IDLE_ONCE } else { MAX_IDLE };
         let mut idle = self.lock();
-        let usable = |(since, connection): &mut (Instant, Connection)| {
+        let usable = |(since, connection): &mut (Instant, Box<Connection>)| {
             now < connection.retires && now - *since < longest && connection.wire.is_quiet()
         };
         // The newest is usable as a rule; what is passed over is left to the sweep.
         let at = idle.connections.iter_mut().rposition(usable)?;
-        let (_, connection) = idle.connections.remove(at);
-        Some(Connection { active: Some(Active::new(&self.counts)), ..connection })
+        let (_, mut connection) = idle.connections.remove(at);
+        connection.active = Some(Active::new(&self.counts));
+        Some(connection)
     }
 
     /// Takes in a new connection.
-    pub fn adopt(&self, wire: Wire) -> Connection {
+    pub fn adopt(&self, wire: Wire) -> Box<Connection> {
         let age = MAX_AGE - MAX_AGE.mul_f64(rand::rng().random_range(0.0..0.2));
         let (open, active) = (Open::new(&self.counts), Some(Active::new(&self.counts)));
-        Connection { wire, reused: false, retires: Instant::now() + age, open, active }
+        Box::new(Connection { wire, reused: false, retires: Instant::now() + age, open, active })
     }
 
     /// Takes a connection back whose answer was read to its end.
-    pub fn give_back(&self, connection: Connection) {
-        let connection = Connection { reused: true, active: None, ..connection };
+    pub fn give_back(&self, mut connection: Box<Connection>) {
+        (connection.reused, connection.active) = (true, None);
         let now = Instant::now();
         if !connection.wire.may_be_reused() || now >= connection.retires {
             return;
