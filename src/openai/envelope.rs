@@ -1,10 +1,16 @@
 //! The JSON of errors: how weir writes its own, and what it reads of the gateway's.
 
+use std::sync::LazyLock;
+
 use bytes::Bytes;
 use http::StatusCode;
+use memchr::memmem;
 use serde_json::{Value, json};
 
 use super::call::Endpoint;
+
+/// Made once: a searcher costs more to make than to use on an event.
+static ERROR_KEY: LazyLock<memmem::Finder<'static>> = LazyLock::new(|| memmem::Finder::new("\"error\""));
 
 /// Writes an error's body in the shape of the endpoint's API. `error` is always an object that has `message`.
 pub fn write(endpoint: Option<Endpoint>, status: StatusCode, kind: &str, code: &str, message: &str) -> Bytes {
@@ -72,7 +78,7 @@ pub fn is_error_event(name: Option<&[u8]>, data: &[u8]) -> bool {
     if matches!(name, Some(b"error" | b"response.failed")) {
         return true;
     }
-    if !data.starts_with(b"{") || memchr::memmem::find(data, b"\"error\"").is_none() {
+    if !data.starts_with(b"{") || ERROR_KEY.find(data).is_none() {
         return false;
     }
     match serde_json::from_slice::<Value>(data) {

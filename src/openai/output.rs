@@ -50,15 +50,30 @@ fn repeats_output(kind: &[u8]) -> bool {
 
 /// The inside of the next string, and what stands behind it; `None` where there is none that ends.
 fn next_string(json: &[u8]) -> Option<(&[u8], &[u8])> {
-    let inside = &json[memchr(b'"', json)? + 1..];
+    let inside = &json[quote(json)? + 1..];
     let mut end = 0;
     loop {
-        end += memchr2(b'"', b'\\', inside.get(end..)?)?;
+        end += quote_or_backslash(inside.get(end..)?)?;
         if inside[end] == b'"' {
             return Some((&inside[..end], &inside[end + 1..]));
         }
         end += 2;
     }
+}
+
+/// Names and the gaps between strings are short: a search that is made for long ones costs more than a look at each byte.
+const NEAR: usize = 16;
+
+fn quote(bytes: &[u8]) -> Option<usize> {
+    let near = bytes.len().min(NEAR);
+    let found = bytes[..near].iter().position(|byte| *byte == b'"');
+    found.or_else(|| memchr(b'"', &bytes[near..]).map(|at| near + at))
+}
+
+fn quote_or_backslash(bytes: &[u8]) -> Option<usize> {
+    let near = bytes.len().min(NEAR);
+    let found = bytes[..near].iter().position(|byte| matches!(byte, b'"' | b'\\'));
+    found.or_else(|| memchr2(b'"', b'\\', &bytes[near..]).map(|at| near + at))
 }
 
 /// The length of a string's UTF-8 once its escapes are undone.

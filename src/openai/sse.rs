@@ -3,7 +3,7 @@
 //! Events may be cut anywhere by the chunks they come in, and their lines may end in LF, CR LF or CR (WHATWG HTML, "Server-sent
 //! events"). The scanner copies only what it must: an event that lies whole within a chunk is looked at in place.
 
-use memchr::{memchr, memchr2};
+use memchr::memchr2;
 
 /// Of an event longer than this only its name and its end are kept: that is where the usage stands.
 const KEPT: usize = 8 << 10;
@@ -87,17 +87,35 @@ impl<'e> Event<'e> {
     /// Reads the lines of a whole event; `None` where they have neither name nor data.
     pub fn parse(lines: &'e [u8]) -> Option<Self> {
         let (mut name, mut data) = (None, None);
-        for line in lines.split(|byte| matches!(byte, b'\n' | b'\r')) {
-            let Some(colon) = memchr(b':', line) else { continue };
-            let value = line[colon + 1..].strip_prefix(b" ").unwrap_or(&line[colon + 1..]);
-            match &line[..colon] {
-                b"event" => name = Some(value),
-                b"data" => data = data.or(Some(value)),
-                _ => {}
+        let mut rest = lines;
+        while !rest.is_empty() {
+            let end = memchr2(b'\n', b'\r', rest).unwrap_or(rest.len());
+            let line = &rest[..end];
+            rest = rest.get(end + 1..).unwrap_or_default();
+            let Some((field, value)) = field(line) else { continue };
+            match field {
+                Field::Event => name = Some(value),
+                Field::Data => data = data.or(Some(value)),
             }
         }
         (name.is_some() || data.is_some()).then(|| Self { name, data: data.unwrap_or_default() })
     }
+}
+
+/// The fields that are read.
+enum Field {
+    Event,
+    Data,
+}
+
+/// A line's field and its value; `None` for those that are not read, and for comments.
+fn field(line: &[u8]) -> Option<(Field, &[u8])> {
+    let (field, value) = match line {
+        [b'd', b'a', b't', b'a', b':', value @ ..] => (Field::Data, value),
+        [b'e', b'v', b'e', b'n', b't', b':', value @ ..] => (Field::Event, value),
+        _ => return None,
+    };
+    Some((field, value.strip_prefix(b" ").unwrap_or(value)))
 }
 
 /// The place just behind the blank line that ends the first event, looking from `from`.

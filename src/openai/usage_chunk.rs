@@ -12,6 +12,7 @@ use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 
 use super::sse::{Event, event_end, event_end_across};
+use super::usage;
 
 /// An event longer than this is no usage, and passes as it comes.
 const LONGEST_HELD: usize = 16 << 10;
@@ -143,15 +144,16 @@ struct Chunk {
     _usage: Map<String, Value>,
 }
 
+/// Nearly every other chunk is told by the first, cheap question.
 fn is_usage_chunk(event: &[u8]) -> bool {
-    if !has_empty_choices(event) {
+    if usage::KEY.find(event).is_none() || !has_empty_choices(event) {
         return false;
     }
     let chunk = Event::parse(event).and_then(|event| serde_json::from_slice::<Chunk>(event.data).ok());
     chunk.is_some_and(|chunk| chunk.choices.is_empty())
 }
 
-/// Whether `"choices": []` stands somewhere: a cheap question that nearly every other chunk answers with no.
+/// Whether `"choices": []` stands somewhere.
 fn has_empty_choices(event: &[u8]) -> bool {
     let key = b"\"choices\"";
     memmem::find_iter(event, key).any(|at| is_empty_array(&event[at + key.len()..]).unwrap_or(false))
