@@ -2,10 +2,11 @@
 
 use std::fmt;
 
-use serde::de::{Deserialize, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, Visitor};
 
+use super::json::{Malformed, Members};
 use super::prompt::Prompt;
-use super::stream_options::{self, AsksUsage, Key, Sighting};
+use super::stream_options::{self, AsksUsage, Sighting};
 
 /// No API gives more answers to one request.
 const MOST_CHOICES: u64 = 128;
@@ -79,8 +80,7 @@ const KEYS: [&str; 6] = ["model", "stream", "n", "max_tokens", "max_completion_t
 /// [`DuplicateKey`] where one of the fields stands twice; but not for `stream_options`, which decides about no limit.
 pub fn peek(body: &[u8]) -> Result<Peek, DuplicateKey> {
     let mut scan = Scan::default();
-    let mut json = serde_json::Deserializer::from_slice(body);
-    let whole = json.deserialize_map(&mut scan).and_then(|()| json.end());
+    let whole = scan.read(body);
     if let Some(key) = scan.duplicate {
         return Err(DuplicateKey(key));
     }
@@ -100,28 +100,23 @@ struct Scan<'b> {
     stream_options: Sighting<'b>,
 }
 
-impl<'de> Visitor<'de> for &mut Scan<'de> {
-    type Value = ();
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a JSON object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-        while let Some(key) = map.next_key::<Key<'de>>()? {
+impl<'b> Scan<'b> {
+    fn read(&mut self, body: &'b [u8]) -> Result<(), Malformed> {
+        let mut members = Members::of(body);
+        while let Some(key) = members.next_key()? {
             // Escapes are undone, since `"mod\u0065l"` is `model` to the gateway too.
-            let Some(known) = KEYS.iter().position(|known| *known == key.0) else {
-                if key.0 == "stream_options" {
+            let Some(known) = KEYS.iter().position(|known| *known == key) else {
+                if key == "stream_options" {
                     self.stream_options.add(key);
                 }
-                map.next_value::<IgnoredAny>()?;
+                members.value()?;
                 continue;
             };
             if std::mem::replace(&mut self.seen[known], true) {
                 self.duplicate = Some(KEYS[known]);
-                return Err(A::Error::custom("duplicate key"));
+                return Err(Malformed);
             }
-            let value: Scalar = map.next_value()?;
+            let value: Scalar = serde_json::from_slice(members.value()?).map_err(|_| Malformed)?;
             match (KEYS[known], value) {
                 ("model", Scalar::Text(name)) => self.peek.model = Some(name),
                 ("stream", Scalar::Bool(stream)) => self.peek.stream = stream,

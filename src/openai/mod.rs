@@ -6,6 +6,7 @@
 pub mod call;
 pub mod envelope;
 pub mod headers;
+pub mod json;
 pub mod output;
 pub mod preamble;
 pub mod prompt;

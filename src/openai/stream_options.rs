@@ -43,7 +43,7 @@ impl Splice {
 /// A key of an object, its escapes undone: borrowed from the body if it has none.
 #[derive(Deserialize)]
 #[serde(transparent)]
-pub(super) struct Key<'b>(#[serde(borrow)] pub(super) Cow<'b, str>);
+struct Key<'b>(#[serde(borrow)] Cow<'b, str>);
 
 /// Where an object has a certain key.
 #[derive(Debug, Clone, Copy, Default)]
@@ -56,8 +56,8 @@ pub(super) enum Sighting<'b> {
 }
 
 impl<'b> Sighting<'b> {
-    pub(super) fn add(&mut self, key: Key<'b>) {
-        *self = match (&self, key.0) {
+    pub(super) fn add(&mut self, key: Cow<'b, str>) {
+        *self = match (&self, key) {
             (Self::Nowhere, Cow::Borrowed(key)) => Self::At(key),
             _ => Self::Unclear,
         };
@@ -126,7 +126,7 @@ impl<'b> Visitor<'b> for &mut Options<'b> {
         while let Some(key) = map.next_key::<Key<'b>>()? {
             self.has_keys = true;
             if key.0 == "include_usage" {
-                self.include_usage.add(key);
+                self.include_usage.add(key.0);
             }
             map.next_value::<IgnoredAny>()?;
         }
