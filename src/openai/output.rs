@@ -1,8 +1,6 @@
 //! How much a stream has said so far, before the gateway counts it: what is known of an answer that never ends.
 
-use memchr::memchr;
-
-use super::json::quote_or_backslash;
+use memchr::{memchr, memchr2};
 
 /// How many bytes of output text an event's JSON carries, escapes undone: the strings named `content`, `text`, `delta`,
 /// `arguments`, `partial_json`, `thinking`, `reasoning_content` or `reasoning`, at any depth.
@@ -70,6 +68,12 @@ fn quote(bytes: &[u8]) -> Option<usize> {
     let near = bytes.len().min(NEAR);
     let found = bytes[..near].iter().position(|byte| *byte == b'"');
     found.or_else(|| memchr(b'"', &bytes[near..]).map(|at| near + at))
+}
+
+fn quote_or_backslash(bytes: &[u8]) -> Option<usize> {
+    let near = bytes.len().min(NEAR);
+    let found = bytes[..near].iter().position(|byte| matches!(byte, b'"' | b'\\'));
+    found.or_else(|| memchr2(b'"', b'\\', &bytes[near..]).map(|at| near + at))
 }
 
 /// The length of a string's UTF-8 once its escapes are undone.
