@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::request;
+use http::{Uri, request};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
@@ -68,20 +68,22 @@ pub(super) enum CallBody {
 }
 
 impl Proxy {
+    /// Where the request goes at the gateway.
+    pub(super) fn target(&self, route: &Route<'_>, query: Option<&str>) -> Result<Uri, Failure> {
+        target(&self.shared.config.upstream.base_url, route.below_v1, query)
+            .ok_or_else(|| Failure::new(Cause::BadRequest, "the request's path cannot be put behind upstream.base_url"))
+    }
+
     /// Reads what the request asks for, and its body unless that streams through.
     pub(super) async fn read(
         &self,
         mut head: request::Parts,
-        route: Route<'_>,
+        target: Uri,
+        endpoint: Option<Endpoint>,
         caller: Caller,
         body: &mut Option<Incoming>,
         ledger: &mut Ledger,
     ) -> Result<Call, Failure> {
-        let config = &self.shared.config;
-        let target = target(&config.upstream.base_url, route.below_v1, head.uri.query()).ok_or_else(|| {
-            Failure::new(Cause::BadRequest, "the request's path cannot be put behind upstream.base_url")
-        })?;
-        let endpoint = route.endpoint;
         let mut held = self.shared.memory.hold(caller.tenant, self.shared.clients.weight(caller.client));
         let body = self.read_body(endpoint, body, &mut held, ledger).await?;
         let peek = match (&body, endpoint) {

@@ -152,7 +152,9 @@ impl Proxy {
         let mut ledger = Ledger::open(self.shared.metrics.clone(), Instant::now());
         let (head, body) = request.into_parts();
         let (version, mut asked) = (head.version, Asked { body: Some(body), applicant: None });
-        let request_id = head.headers.get(&headers::REQUEST_ID).cloned();
+        // A copy: what shares hyper's read buffer keeps it from being used again.
+        let request_id =
+            head.headers.get(&headers::REQUEST_ID).and_then(|id| HeaderValue::from_bytes(id.as_bytes()).ok());
         let endpoint = route::route(&head.method, head.uri.path()).and_then(|route| route.endpoint);
         let mut response = match self.story(head, &mut asked, peer, &mut ledger).await {
             Ok(answer) => self.respond(answer, endpoint, ledger),
@@ -184,11 +186,11 @@ impl Proxy {
         ledger: &mut Ledger,
     ) -> Result<Box<Answer>, Failure> {
         fields::check(&head, &self.shared.via)?;
-        let (method, uri) = (head.method.clone(), head.uri.clone());
-        let route = route::route(&method, uri.path()).ok_or_else(|| call::unknown_path(&head))?;
+        let route = route::route(&head.method, head.uri.path()).ok_or_else(|| call::unknown_path(&head))?;
+        let (target, endpoint) = (self.target(&route, head.uri.query())?, route.endpoint);
         let caller = self.shared.clients.identify(&head.headers, peer)?;
         ledger.set_client(caller.client);
-        let mut call = self.read(head, route, caller, &mut asked.body, ledger).await?;
+        let mut call = self.read(head, target, endpoint, caller, &mut asked.body, ledger).await?;
         let applicant = asked.applicant.insert(self.applicant(&call, ledger.arrived()));
         let mut tries = Tries {
             retries: 0,
