@@ -9,13 +9,14 @@ use std::cell::RefCell;
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
 use http::{StatusCode, response};
 use http_body::{Frame, SizeHint};
 use tokio::io::{AsyncRead as _, ReadBuf};
+use tokio::task::unconstrained;
 
 use super::chunked::ChunkedDecoder;
 use super::connect::Io;
@@ -79,11 +80,15 @@ impl Wire {
     }
 
     /// Whether the gateway has neither closed it nor sent anything since its last answer, as far as the runtime has heard:
-    /// that takes no system call.
+    /// that takes no system call. Once it was not quiet, it never is again.
     pub fn is_quiet(&mut self) -> bool {
         let mut byte = [0];
-        let mut cx = Context::from_waker(Waker::noop());
-        Pin::new(&mut self.io).poll_read(&mut cx, &mut ReadBuf::new(&mut byte)).is_pending()
+        let read = poll_fn(|cx| Pin::new(&mut self.io).poll_read(cx, &mut ReadBuf::new(&mut byte)));
+        // A task that has had its turn is told of nothing, as if there were nothing; hence without that bound.
+        let waits = pin!(unconstrained(read)).poll(&mut Context::from_waker(Waker::noop())).is_pending();
+        // The byte is lost, and with it where an answer would begin.
+        self.keep_alive &= waits;
+        self.keep_alive
     }
 
     /// Whether it can carry another request, once its answer was read to the end.
@@ -332,3 +337,6 @@ impl fmt::Display for WireError {
 }
 
 impl std::error::Error for WireError {}
+
+#[cfg(test)]
+mod tests;
