@@ -120,10 +120,12 @@ impl Wire {
                 Ok((head.parts, Reader::new(head.framing)))
             }
             Err(error) => {
-                // What could not be written says more than the end that was read thereafter.
-                let error = self.outbox.take_failure().map_or(error, WireError::Io);
-                let silent = self.unread.is_empty() && !receiving.interim;
-                Err(Unanswered { error, unsent: self.outbox.take_unsent(), silent })
+                let error = match (error, self.outbox.take_failure()) {
+                    // What could not be written says more than the end that was read thereafter.
+                    (WireError::Closed | WireError::Truncated | WireError::Io(_), Some(failure)) => failure.into(),
+                    (error, _) => error,
+                };
+                Err(Unanswered { error, unsent: self.outbox.take_unsent(), silent: !receiving.begun })
             }
         }
     }
@@ -135,10 +137,10 @@ impl Wire {
         cx: &mut Context<'_>,
     ) -> Poll<Result<Box<AnswerHead>, WireError>> {
         loop {
-            if receiving.is_worth_a_look(&self.unread) {
+            if receiving.is_worth_parsing(&self.unread) {
                 match take_head(std::mem::take(&mut self.unread), outgoing.method())? {
                     Taken::Partial(read) => {
-                        receiving.looked_at = read.len();
+                        receiving.parsed = read.len();
                         self.unread = read;
                     }
                     Taken::Whole(head, rest) => {
@@ -147,22 +149,22 @@ impl Wire {
                             return Poll::Ready(Ok(head));
                         }
                         // It is dropped: hyper has no way to pass it on.
-                        *receiving = Receiving { interim: true, looked_at: 0 };
+                        *receiving = Receiving { begun: true, ..Receiving::default() };
                         continue;
                     }
                 }
             }
-            match ready!(self.poll_read(cx, Bytes::copy_from_slice))? {
-                more if more.is_empty() && self.unread.is_empty() && !receiving.interim => {
-                    return Poll::Ready(Err(WireError::Closed));
-                }
-                more if more.is_empty() => return Poll::Ready(Err(WireError::Truncated)),
-                more if self.unread.is_empty() => self.unread = more,
-                more => {
-                    let mut both = Vec::from(std::mem::take(&mut self.unread));
-                    both.extend_from_slice(&more);
-                    self.unread = both.into();
-                }
+            let more = ready!(self.poll_read(cx, Bytes::copy_from_slice))?;
+            if more.is_empty() {
+                return Poll::Ready(Err(if receiving.begun { WireError::Truncated } else { WireError::Closed }));
+            }
+            receiving.begun = true;
+            if self.unread.is_empty() {
+                self.unread = more;
+            } else {
+                let mut both = Vec::from(std::mem::take(&mut self.unread));
+                both.extend_from_slice(&more);
+                self.unread = both.into();
             }
         }
     }
@@ -191,18 +193,21 @@ fn is_interim(status: StatusCode) -> bool {
 /// How far the reading of a head has come.
 #[derive(Default)]
 struct Receiving {
-    /// An interim answer (100, 102, 103) has come.
-    interim: bool,
-    /// How much was looked at in vain.
-    looked_at: usize,
+    /// Something has come, be it of an interim answer (100, 102, 103).
+    begun: bool,
+    /// How much was parsed in vain.
+    parsed: usize,
+    /// In how much the end was looked for.
+    searched: usize,
 }
 
 impl Receiving {
     /// A head that drips in is not parsed again with each byte: only where its end may have come, or it has doubled.
-    fn is_worth_a_look(&self, unread: &[u8]) -> bool {
-        let new = &unread[self.looked_at.saturating_sub(3).min(unread.len())..];
+    fn is_worth_parsing(&mut self, unread: &[u8]) -> bool {
+        let new = &unread[self.searched.saturating_sub(2)..];
+        self.searched = unread.len();
         let ends = || new.windows(2).any(|pair| pair == b"\n\n") || new.windows(3).any(|three| three == b"\n\r\n");
-        !unread.is_empty() && (unread.len() >= 2 * self.looked_at || ends())
+        !unread.is_empty() && (unread.len() >= 2 * self.parsed || ends())
     }
 }
 
