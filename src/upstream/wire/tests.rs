@@ -5,6 +5,10 @@ use http::{HeaderMap, HeaderValue, Method, Uri};
 use http_body::Body;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, BufStream, DuplexStream};
 use tokio::sync::mpsc;
+use tokio_rustls::rustls::pki_types::PrivatePkcs8KeyDer;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
+use tokio_rustls::server::TlsStream;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::super::Streamed;
 use super::*;
@@ -113,6 +117,23 @@ fn takes_nothing(brings: &'static [u8], end: End) -> Wire {
     Wire::new(Box::new(TakesNothing { brings, end, refused: Arc::default() }))
 }
 
+/// A connection with TLS, whose bytes wait in a small pipe, and the gateway's end of it.
+async fn connected_with_tls() -> (Wire, TlsStream<DuplexStream>) {
+    let own = rcgen::generate_simple_self_signed(vec!["gateway".to_owned()]).expect("a certificate");
+    let certificate = own.cert.der().clone();
+    let key = PrivatePkcs8KeyDer::from(own.signing_key.serialize_der()).into();
+    let mut roots = RootCertStore::empty();
+    roots.add(certificate.clone()).expect("it is one");
+    let server = ServerConfig::builder().with_no_client_auth().with_single_cert(vec![certificate], key);
+    let client = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+    let (ours, gateways) = tokio::io::duplex(1000);
+    let name = "gateway".try_into().expect("a name");
+    let connector = TlsConnector::from(Arc::new(client));
+    let acceptor = TlsAcceptor::from(Arc::new(server.expect("key and certificate match")));
+    let (ours, gateways) = tokio::try_join!(connector.connect(name, ours), acceptor.accept(gateways)).expect("TLS");
+    (Wire::new(Box::new(ours)), gateways)
+}
+
 /// A client's body, piece by piece.
 struct Pieces {
     pieces: mpsc::UnboundedReceiver<Result<Bytes, BodyFault>>,
@@ -189,14 +210,15 @@ async fn settle() {
     }
 }
 
-async fn expect(gateway: &mut DuplexStream, bytes: &[u8]) {
+async fn expect(gateway: &mut (impl AsyncRead + Unpin), bytes: &[u8]) {
     let mut read = vec![0; bytes.len()];
     gateway.read_exact(&mut read).await.expect("it is sent");
     assert!(read == bytes, "{} is not {}", read.escape_ascii(), bytes.escape_ascii());
 }
 
-async fn send(gateway: &mut DuplexStream, bytes: &[u8]) {
+async fn send(gateway: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) {
     gateway.write_all(bytes).await.expect("there is room");
+    gateway.flush().await.expect("there is room");
 }
 
 #[tokio::test]
@@ -503,4 +525,39 @@ async fn a_long_head_that_drips_in_costs_no_more_than_its_length() {
         send(&mut gateway, head.as_bytes()).await;
     });
     assert_eq!(answered.expect("an answer").0, 200);
+}
+
+#[tokio::test]
+async fn a_connection_with_tls_carries_long_bodies_both_ways_and_again() {
+    let (mut wire, mut gateway) = connected_with_tls().await;
+    let long = body(100_000);
+    for call in [&long[..], b"{}", &long] {
+        assert!(wire.is_quiet());
+        let (answered, ()) = tokio::join!(exchange(&mut wire, Method::POST, whole(call)), async {
+            expect(&mut gateway, &posted(call)).await;
+            send(&mut gateway, b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n186a0\r\n").await;
+            send(&mut gateway, &long).await;
+            send(&mut gateway, b"\r\n0\r\n\r\n").await;
+        });
+        assert!(answered.expect("an answer").1 == long);
+        assert!(wire.may_be_reused());
+    }
+    gateway.shutdown().await.expect("there is room");
+    assert!(!wire.is_quiet(), "the gateway has said that it closes");
+}
+
+#[tokio::test]
+async fn with_tls_a_body_until_the_end_needs_the_gateways_word_that_it_is_the_end() {
+    for says_so in [true, false] {
+        let (mut wire, mut gateway) = connected_with_tls().await;
+        let sent = async move {
+            expect(&mut gateway, &posted(b"")).await;
+            send(&mut gateway, b"HTTP/1.1 200 OK\r\n\r\nhello").await;
+            if says_so {
+                gateway.shutdown().await.expect("there is room");
+            }
+        };
+        let (answered, ()) = tokio::join!(exchange(&mut wire, Method::POST, whole(b"")), sent);
+        assert_eq!(answered.is_ok(), says_so, "{answered:?}");
+    }
 }
