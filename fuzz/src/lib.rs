@@ -3,6 +3,7 @@
 //! Each module has one `check`, which panics where its property does not hold. The fuzz targets (`fuzz_targets/`) call it
 //! with what libFuzzer makes up; `tests/corpus.rs` of weir itself, which includes this file, with every file of `corpus/`.
 
+pub mod answer;
 pub mod chunks;
 pub mod config;
 pub mod errors;
@@ -19,7 +20,8 @@ pub mod usage_chunk;
 pub type Property = fn(&[u8]);
 
 /// Every target by its name, which is also that of its corpus.
-pub const TARGETS: [(&str, Property); 9] = [
+pub const TARGETS: [(&str, Property); 10] = [
+    ("answer", answer::check),
     ("config", config::check),
     ("errors", errors::check),
     ("events", events::check),

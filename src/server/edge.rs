@@ -337,3 +337,91 @@ impl Alarm {
         self.armed = false;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+
+    use super::*;
+
+    const LIMITS: EdgeLimits = EdgeLimits {
+        header: Duration::from_secs(30),
+        keep_alive: Duration::from_secs(60),
+        write: Duration::from_secs(30),
+    };
+
+    /// A new connection, and the client's end of it.
+    fn connected() -> (Edge<DuplexStream>, DuplexStream) {
+        let (ours, clients) = tokio::io::duplex(1 << 16);
+        (Edge::new(ours, Arc::default(), LIMITS), clients)
+    }
+
+    /// The protocol found when the client sends these pieces, and what can be read thereafter, so many bytes at once.
+    async fn detected(pieces: &[&[u8]], at_once: usize) -> (io::Result<Protocol>, Vec<u8>) {
+        let (mut edge, mut client) = connected();
+        let sending = async {
+            for piece in pieces {
+                client.write_all(piece).await.expect("there is room");
+                // A piece is read before the next comes.
+                tokio::task::yield_now().await;
+            }
+            drop(client);
+        };
+        let (protocol, ()) = tokio::join!(edge.detect(), sending);
+        let (mut read, mut room) = (Vec::new(), vec![0; at_once]);
+        while let Ok(length @ 1..) = edge.read(&mut room).await {
+            read.extend_from_slice(&room[..length]);
+        }
+        (protocol, read)
+    }
+
+    #[tokio::test]
+    async fn the_protocol_is_found_wherever_the_first_bytes_are_cut_and_every_byte_is_read_again() {
+        let prior_knowledge = [HTTP2_PREFACE, &[0, 0, 0, 4, 0, 0, 0, 0, 0][..]].concat();
+        let cases = [
+            (&prior_knowledge[..], Protocol::Http2),
+            (HTTP2_PREFACE, Protocol::Http2),
+            (b"GET /v1/models HTTP/1.1\r\nhost: weir\r\n\r\n", Protocol::Http1),
+            (b"POST /v1/x HTTP/1.1\r\nhost: weir\r\n\r\n", Protocol::Http1),
+            (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\rx", Protocol::Http1),
+            (b"PRI * HTTP/1.1\r\nhost: weir\r\n\r\n", Protocol::Http1),
+            (b"\r\n", Protocol::Http1),
+        ];
+        for (sent, expected) in cases {
+            let halves = (0..sent.len()).map(|at| vec![&sent[..at], &sent[at..]]);
+            for pieces in halves.chain([sent.chunks(1).collect()]) {
+                for at_once in [1, 5, 24, 1000] {
+                    let (protocol, read) = detected(&pieces, at_once).await;
+                    assert_eq!(protocol.expect("it is found"), expected, "{}", sent.escape_ascii());
+                    assert!(read == sent, "{pieces:?}, {at_once}: {}", read.escape_ascii());
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_leaves_before_it_is_clear_what_it_speaks_is_gone() {
+        for end in 0..HTTP2_PREFACE.len() {
+            let (protocol, _) = detected(&[&HTTP2_PREFACE[..end]], 100).await;
+            assert_eq!(protocol.expect_err("it is gone").kind(), io::ErrorKind::UnexpectedEof, "{end}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_first_bytes_drip_in_for_no_longer_than_a_head_may() {
+        let begun = Instant::now();
+        let (mut edge, mut client) = connected();
+        let dripping = async {
+            for byte in HTTP2_PREFACE {
+                tokio::time::sleep(Duration::from_secs(2)).await;
+                client.write_all(&[*byte]).await.expect("there is room");
+            }
+        };
+        let protocol = tokio::select! {
+            protocol = edge.detect() => protocol,
+            () = dripping => panic!("it has waited for all of them"),
+        };
+        assert_eq!(protocol.expect_err("it is late").kind(), io::ErrorKind::TimedOut);
+        assert_eq!(begun.elapsed(), LIMITS.header);
+    }
+}

@@ -28,11 +28,7 @@ pub struct ChunkedDecoder {
 /// What is wrong with a body.
 struct Malformed(&'static str);
 
-impl From<Malformed> for WireError {
-    fn from(malformed: Malformed) -> Self {
-        Self::Malformed(malformed.0)
-    }
-}
+const MALFORMED_TRAILERS: Malformed = Malformed("the trailers of its body are malformed");
 
 /// What comes next in the input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -91,13 +87,10 @@ impl ChunkedDecoder {
         if let State::Malformed(what) = self.state {
             return Err(WireError::Malformed(what));
         }
-        match self.advance(input, data) {
-            Err(Malformed(what)) if !data.is_empty() => {
-                self.state = State::Malformed(what);
-                Ok(input.len())
-            }
-            advanced => Ok(advanced?),
-        }
+        self.advance(input, data).or_else(|Malformed(what)| {
+            self.state = State::Malformed(what);
+            if data.is_empty() { Err(WireError::Malformed(what)) } else { Ok(input.len()) }
+        })
     }
 
     fn advance(&mut self, input: &[u8], data: &mut Vec<u8>) -> Result<usize, Malformed> {
@@ -169,6 +162,9 @@ impl ChunkedDecoder {
             if section.len() > MAX_TRAILERS {
                 return Err(Malformed("the trailers of its body are too long"));
             }
+            if *byte == b'\n' && !section.ends_with(b"\r\n") {
+                return Err(MALFORMED_TRAILERS);
+            }
             if section == b"\r\n" || section.ends_with(b"\r\n\r\n") {
                 self.state = State::Done;
                 self.trailers = parse_trailers(section)?;
@@ -191,16 +187,15 @@ impl Default for State {
 }
 
 fn parse_trailers(section: &[u8]) -> Result<Option<HeaderMap>, Malformed> {
-    let malformed = Malformed("the trailers of its body are malformed");
     let mut lines = [httparse::EMPTY_HEADER; MAX_TRAILER_FIELDS];
     let Ok(httparse::Status::Complete((_, lines))) = httparse::parse_headers(section, &mut lines) else {
-        return Err(malformed);
+        return Err(MALFORMED_TRAILERS);
     };
     let mut trailers = HeaderMap::with_capacity(lines.len());
     for line in lines {
         match (HeaderName::from_bytes(line.name.as_bytes()), HeaderValue::from_bytes(line.value)) {
             (Ok(name), Ok(value)) => trailers.append(name, value),
-            _ => return Err(malformed),
+            _ => return Err(MALFORMED_TRAILERS),
         };
     }
     Ok((!trailers.is_empty()).then_some(trailers))
@@ -259,6 +254,9 @@ mod tests {
             b"00000000000000001\r\na",
             b"0\r\nno colon\r\n\r\n",
             b"0\r\nname : value\r\n\r\n",
+            b"0\r\n\n",
+            b"0\r\na: b\n\nHTTP/1.1 200 OK\r\n\r\n",
+            b"0\r\na: b\nc: d\r\n\r\n",
         ];
         for input in bad {
             for piece in [1, input.len()] {
@@ -273,6 +271,16 @@ mod tests {
         assert!(decoder.decode(b"5\r\nhello\r\nno size\r\n", &mut data).is_ok());
         assert!(data == b"hello" && decoder.is_malformed() && !decoder.is_done());
         assert!(decoder.decode(b"", &mut data).is_err());
+    }
+
+    #[test]
+    fn an_error_is_told_again() {
+        for malformed in [&b"no size\r\n"[..], b"0\r\nno colon\r\n\r\n"] {
+            let mut decoder = ChunkedDecoder::default();
+            assert!(decoder.decode(malformed, &mut Vec::new()).is_err());
+            assert!(decoder.is_malformed() && !decoder.is_done());
+            assert!(decoder.decode(b"0\r\n\r\n", &mut Vec::new()).is_err());
+        }
     }
 
     #[test]

@@ -176,8 +176,9 @@ fn keeps_alive(head: &response::Parts) -> bool {
     let is_ambiguous =
         head.headers.contains_key(header::TRANSFER_ENCODING) && head.headers.contains_key(header::CONTENT_LENGTH);
     let says = |token: &str| {
-        let values = head.headers.get_all(header::CONNECTION).iter().filter_map(|value| value.to_str().ok());
-        values.flat_map(|value| value.split(',')).any(|option| option.trim().eq_ignore_ascii_case(token))
+        let values = head.headers.get_all(header::CONNECTION).iter().map(HeaderValue::as_bytes);
+        let mut options = values.flat_map(|value| value.split(|&byte| byte == b','));
+        options.any(|option| option.trim_ascii().eq_ignore_ascii_case(token.as_bytes()))
     };
     let stays = head.version == Version::HTTP_11 || says("keep-alive");
     stays && !says("close") && !is_ambiguous && head.status != StatusCode::SWITCHING_PROTOCOLS
@@ -221,6 +222,7 @@ mod tests {
             ("HTTP/1.1 200 OK\r\ntransfer-encoding: Chunked\r\n\r\n", (Chunked, true)),
             ("HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\ncontent-length: 5\r\n\r\n", (Chunked, false)),
             ("HTTP/1.1 200 OK\r\nconnection: x, Close\r\ncontent-length: 5\r\n\r\n", (Length(5), false)),
+            ("HTTP/1.1 200 OK\r\nconnection: close, \u{e9}\r\ncontent-length: 5\r\n\r\n", (Length(5), false)),
             ("HTTP/1.0 200 OK\r\ncontent-length: 5\r\n\r\n", (Length(5), false)),
             ("HTTP/1.0 200 OK\r\nconnection: keep-alive\r\ncontent-length: 5\r\n\r\n", (Length(5), true)),
             ("HTTP/1.1 204 No Content\r\ncontent-length: 5\r\n\r\n", (Length(0), true)),

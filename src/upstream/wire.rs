@@ -9,13 +9,14 @@ use std::cell::RefCell;
 use std::fmt;
 use std::future::poll_fn;
 use std::io;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
 use http::{StatusCode, response};
 use http_body::{Frame, SizeHint};
 use tokio::io::{AsyncRead as _, ReadBuf};
+use tokio::task::unconstrained;
 
 use super::chunked::ChunkedDecoder;
 use super::connect::Io;
@@ -79,11 +80,15 @@ impl Wire {
     }
 
     /// Whether the gateway has neither closed it nor sent anything since its last answer, as far as the runtime has heard:
-    /// that takes no system call.
+    /// that takes no system call. Once it was not quiet, it never is again.
     pub fn is_quiet(&mut self) -> bool {
         let mut byte = [0];
-        let mut cx = Context::from_waker(Waker::noop());
-        Pin::new(&mut self.io).poll_read(&mut cx, &mut ReadBuf::new(&mut byte)).is_pending()
+        let read = poll_fn(|cx| Pin::new(&mut self.io).poll_read(cx, &mut ReadBuf::new(&mut byte)));
+        // A task that has had its turn is told of nothing, as if there were nothing; hence without that bound.
+        let waits = pin!(unconstrained(read)).poll(&mut Context::from_waker(Waker::noop())).is_pending();
+        // The byte is lost, and with it where an answer would begin.
+        self.keep_alive &= waits;
+        self.keep_alive
     }
 
     /// Whether it can carry another request, once its answer was read to the end.
@@ -115,10 +120,12 @@ impl Wire {
                 Ok((head.parts, Reader::new(head.framing)))
             }
             Err(error) => {
-                // What could not be written says more than the end that was read thereafter.
-                let error = self.outbox.take_failure().map_or(error, WireError::Io);
-                let silent = self.unread.is_empty() && !receiving.interim;
-                Err(Unanswered { error, unsent: self.outbox.take_unsent(), silent })
+                let error = match (error, self.outbox.take_failure()) {
+                    // What could not be written says more than the end that was read thereafter.
+                    (WireError::Closed | WireError::Truncated | WireError::Io(_), Some(failure)) => failure.into(),
+                    (error, _) => error,
+                };
+                Err(Unanswered { error, unsent: self.outbox.take_unsent(), silent: !receiving.begun })
             }
         }
     }
@@ -130,10 +137,10 @@ impl Wire {
         cx: &mut Context<'_>,
     ) -> Poll<Result<Box<AnswerHead>, WireError>> {
         loop {
-            if receiving.is_worth_a_look(&self.unread) {
+            if receiving.is_worth_parsing(&self.unread) {
                 match take_head(std::mem::take(&mut self.unread), outgoing.method())? {
                     Taken::Partial(read) => {
-                        receiving.looked_at = read.len();
+                        receiving.parsed = read.len();
                         self.unread = read;
                     }
                     Taken::Whole(head, rest) => {
@@ -142,22 +149,22 @@ impl Wire {
                             return Poll::Ready(Ok(head));
                         }
                         // It is dropped: hyper has no way to pass it on.
-                        *receiving = Receiving { interim: true, looked_at: 0 };
+                        *receiving = Receiving { begun: true, ..Receiving::default() };
                         continue;
                     }
                 }
             }
-            match ready!(self.poll_read(cx, Bytes::copy_from_slice))? {
-                more if more.is_empty() && self.unread.is_empty() && !receiving.interim => {
-                    return Poll::Ready(Err(WireError::Closed));
-                }
-                more if more.is_empty() => return Poll::Ready(Err(WireError::Truncated)),
-                more if self.unread.is_empty() => self.unread = more,
-                more => {
-                    let mut both = Vec::from(std::mem::take(&mut self.unread));
-                    both.extend_from_slice(&more);
-                    self.unread = both.into();
-                }
+            let more = ready!(self.poll_read(cx, Bytes::copy_from_slice))?;
+            if more.is_empty() {
+                return Poll::Ready(Err(if receiving.begun { WireError::Truncated } else { WireError::Closed }));
+            }
+            receiving.begun = true;
+            if self.unread.is_empty() {
+                self.unread = more;
+            } else {
+                let mut both = Vec::from(std::mem::take(&mut self.unread));
+                both.extend_from_slice(&more);
+                self.unread = both.into();
             }
         }
     }
@@ -186,18 +193,21 @@ fn is_interim(status: StatusCode) -> bool {
 /// How far the reading of a head has come.
 #[derive(Default)]
 struct Receiving {
-    /// An interim answer (100, 102, 103) has come.
-    interim: bool,
-    /// How much was looked at in vain.
-    looked_at: usize,
+    /// Something has come, be it of an interim answer (100, 102, 103).
+    begun: bool,
+    /// How much was parsed in vain.
+    parsed: usize,
+    /// In how much the end was looked for.
+    searched: usize,
 }
 
 impl Receiving {
     /// A head that drips in is not parsed again with each byte: only where its end may have come, or it has doubled.
-    fn is_worth_a_look(&self, unread: &[u8]) -> bool {
-        let new = &unread[self.looked_at.saturating_sub(3).min(unread.len())..];
+    fn is_worth_parsing(&mut self, unread: &[u8]) -> bool {
+        let new = &unread[self.searched.saturating_sub(2)..];
+        self.searched = unread.len();
         let ends = || new.windows(2).any(|pair| pair == b"\n\n") || new.windows(3).any(|three| three == b"\n\r\n");
-        !unread.is_empty() && (unread.len() >= 2 * self.looked_at || ends())
+        !unread.is_empty() && (unread.len() >= 2 * self.parsed || ends())
     }
 }
 
@@ -332,3 +342,6 @@ impl fmt::Display for WireError {
 }
 
 impl std::error::Error for WireError {}
+
+#[cfg(test)]
+mod tests;
