@@ -191,10 +191,7 @@ fn read_body(pieces: &[&[u8]]) -> Body {
 fn slow_body(sent: &[u8]) -> Body {
     let (mut data, mut at, mut extensions) = (Vec::new(), 0, 0);
     let end = loop {
-        let Line { text, is_whole } = match line(&sent[at..]) {
-            Some(line) => line,
-            None => break End::Malformed,
-        };
+        let Some(Line { text, is_whole }) = line(&sent[at..]) else { break End::Malformed };
         match size_of(text, &mut extensions) {
             None if text.is_empty() && !is_whole && at == sent.len() => break End::Cut,
             None => break End::Malformed,
