@@ -29,7 +29,7 @@ pub fn check(lines: &[u8]) {
         is_the_time_it_says(text);
         if let Ok(value) = HeaderValue::from_str(text) {
             are_within_bounds(&everywhere(&value));
-            plain_numbers_are_read(text.trim(), value);
+            plain_numbers_are_read(text.trim_ascii(), value);
         }
     }
 }
