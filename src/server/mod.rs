@@ -10,7 +10,7 @@ mod streams;
 use std::convert::Infallible;
 use std::error::Error;
 use std::io;
-use std::net::{IpAddr, SocketAddr, TcpListener as StdListener};
+use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -25,7 +25,7 @@ use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
@@ -45,6 +45,10 @@ const CONNECTION_WINDOW: u32 = 256 << 10;
 
 /// Bytes of an HTTP/2 request's header list; those of HTTP/1 are counted by the proxy.
 const MAX_HEADER_LIST: u32 = 64 << 10;
+
+/// Connections that the kernel keeps until they are accepted; it has a bound of its own (`net.core.somaxconn`). With the
+/// usual 128, a burst of some hundred clients gets a reset now and then.
+const BACKLOG: u32 = 4096;
 
 /// How long to wait before accepting again when the process has no file descriptors left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -373,11 +377,14 @@ fn prepare(stream: std::net::TcpStream) -> io::Result<TcpStream> {
 /// # Errors
 /// That it is taken or not this machine's, with what to do about it.
 pub fn bind(address: SocketAddr, option: &str) -> Result<TcpListener, String> {
-    let bound = StdListener::bind(address).and_then(|listener| {
-        listener.set_nonblocking(true)?;
-        TcpListener::from_std(listener)
-    });
-    bound.map_err(|error| match error.kind() {
+    let listen = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        // A weir that starts again need not wait for the last one's connections to be forgotten.
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(BACKLOG)
+    };
+    listen().map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => {
             format!("cannot listen on {address}: another program does; stop it, or give {option} another port")
         }

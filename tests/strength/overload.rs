@@ -187,7 +187,8 @@ async fn as_many_connections_as_there_are_descriptors_for_are_all_served() {
             }
         }
     }
-    assert_eq!(count(&verdicts, Outcome::Answered(200)), verdicts.len());
+    let unserved: Vec<_> = verdicts.iter().filter(|verdict| verdict.outcome != Ok(Outcome::Answered(200))).collect();
+    assert!(unserved.is_empty(), "{unserved:?}");
     drop(clients);
     scene.recovers(&verdicts, slowest).await;
 }
