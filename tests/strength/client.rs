@@ -36,6 +36,7 @@ pub struct Seen {
     pub id: u64,
     pub kind: Kind,
     pub http2: bool,
+    pub begun: Instant,
     pub ended: Instant,
     pub status: u16,
     /// `x-test-id` and `x-test-attempt`, as the gateway wrote them; empty where the answer is weir's own.
@@ -127,6 +128,7 @@ impl Client {
             id,
             kind,
             http2,
+            begun: now,
             ended: now,
             status: 0,
             answered_id: String::new(),

@@ -71,6 +71,7 @@ impl fmt::Display for Outcome {
 pub struct Verdict {
     pub id: u64,
     pub kind: Kind,
+    begun: Instant,
     ended: Instant,
     head_order: Option<u64>,
     /// Which attempt the answer came from, where it came from the gateway.
@@ -82,7 +83,8 @@ pub struct Verdict {
 pub fn judge(plan: Plan, seen: &Seen) -> Verdict {
     let attempt = seen.answered_attempt.parse().ok();
     let outcome = outcome(plan, seen, attempt).map_err(|why| format!("{why}: {}", describe(seen)));
-    Verdict { id: seen.id, kind: seen.kind, ended: seen.ended, head_order: seen.head_order, attempt, outcome }
+    let Seen { id, kind, begun, ended, head_order, .. } = *seen;
+    Verdict { id, kind, begun, ended, head_order, attempt, outcome }
 }
 
 fn describe(seen: &Seen) -> String {
@@ -246,7 +248,8 @@ impl<'a> Story<'a> {
             .then(|| format!("{asked} requests, {distinct} of them different; {came} came, {known} of them asked for"))
     }
 
-    /// In any ten seconds, retries <= 0.2 x first attempts + 10.
+    /// In the ten seconds before any retry, retries <= 0.2 x first attempts + 10. The first attempts may well be the older ones:
+    /// where the gateway names a time to come back at, or the breaker opens, all retries come after it together.
     fn check_budget(&self) -> Option<String> {
         let mut retries = Vec::new();
         for attempts in self.of_request.values() {
@@ -255,16 +258,24 @@ impl<'a> Story<'a> {
             retries.extend(pairs.filter(|(before, _)| !is_free(before)).map(|(_, retry)| retry.at));
         }
         retries.sort_unstable();
-        let mut firsts: Vec<Instant> = self.attempts.iter().filter(|it| it.number == 1).map(|it| it.at).collect();
-        firsts.sort_unstable();
-        let before = |times: &[Instant], at| times.partition_point(|time| *time < at);
-        retries.iter().enumerate().find_map(|(index, begin)| {
-            let spent = before(&retries, *begin + BUDGET_WINDOW) - index;
-            let earned = before(&firsts, *begin + BUDGET_WINDOW + ON_THE_WAY)
-                - before(&firsts, begin.checked_sub(ON_THE_WAY).unwrap_or(*begin));
+        let firsts: Vec<_> = self.verdicts.iter().map(|verdict| self.first_attempt(verdict)).collect();
+        retries.iter().enumerate().find_map(|(index, end)| {
+            // Less the time on the way: what was decided on before the window is not counted as one of it.
+            let within = |at: &Instant| *at + (BUDGET_WINDOW - ON_THE_WAY) > *end;
+            let spent = retries[..=index].iter().filter(|at| within(at)).count();
+            let may_have_paid =
+                |(since, until): &&(Instant, Instant)| *since <= *end && *until + BUDGET_WINDOW + ON_THE_WAY > *end;
+            let earned = firsts.iter().filter(may_have_paid).count();
             let allowed = BUDGET * earned as f64 + BUDGET_FLOOR;
             (spent as f64 > allowed).then(|| format!("{spent} retries in ten seconds, {allowed} are allowed"))
         })
+    }
+
+    /// Between when and when its first attempt was made. One that was refused, or whose connection was closed at once, has not
+    /// reached the gateway, which counts the next for the first, or none.
+    fn first_attempt(&self, verdict: &Verdict) -> (Instant, Instant) {
+        let came = self.attempts_at(verdict.id).first().map(|attempt| attempt.at);
+        (verdict.begun, came.unwrap_or(verdict.ended))
     }
 }
 
