@@ -99,7 +99,12 @@ impl Admin {
 
     fn metrics(&self) -> Response<Full<Bytes>> {
         let tasks = self.workers.tasks() + Handle::current().metrics().num_alive_tasks();
-        let gauges = Gauges { tasks: tasks as u64, ..self.proxy.gauges() };
+        let gauges = Gauges {
+            tasks: tasks as u64,
+            client_connections: self.workers.connections() as u64,
+            client_connections_limit: self.workers.max_connections() as u64,
+            ..self.proxy.gauges()
+        };
         let mut response = text(StatusCode::OK, self.proxy.metrics().encode(&gauges));
         let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
         response.headers_mut().insert(header::CONTENT_TYPE, kind);

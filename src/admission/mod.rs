@@ -487,10 +487,14 @@ fn share(number: u32, replicas: u32) -> u32 {
 }
 
 fn gauge_of(limit: &Limit, now: Instant) -> Option<LimitGauge> {
-    let (unit, remaining) = match &limit.measure {
-        Measure::Requests(bucket) => ("requests", bucket.remaining(now)),
-        Measure::Tokens(bucket) => ("tokens", bucket.remaining(now)),
-        Measure::Concurrency(slots) => ("concurrency", slots.limit().saturating_sub(slots.in_use())),
+    let of_bucket =
+        |unit, bucket: &Bucket| (unit, bucket.remaining(now), bucket.rate().burst, Some(bucket.rate().per_second()));
+    let (unit, remaining, capacity, per_second) = match &limit.measure {
+        Measure::Requests(bucket) => of_bucket("requests", bucket),
+        Measure::Tokens(bucket) => of_bucket("tokens", bucket),
+        Measure::Concurrency(slots) => {
+            ("concurrency", slots.limit().saturating_sub(slots.in_use()), slots.limit(), None)
+        }
         Measure::Pace(_) => return None,
     };
     let (scope, name) = match &limit.scope {
@@ -498,5 +502,5 @@ fn gauge_of(limit: &Limit, now: Instant) -> Option<LimitGauge> {
         Scope::Model(name) => ("model", name.to_string()),
         Scope::Client(name) => ("client", name.to_string()),
     };
-    Some(LimitGauge { scope, name, unit, remaining: u64::from(remaining) })
+    Some(LimitGauge { scope, name, unit, remaining: remaining.into(), capacity: capacity.into(), per_second })
 }

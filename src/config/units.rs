@@ -142,6 +142,11 @@ impl Rate {
         Self { period: self.period * replicas, burst: (self.burst / replicas).max(1), ..self }
     }
 
+    /// How many are granted in a second, on average.
+    pub fn per_second(self) -> f64 {
+        self.count as f64 / self.period.as_secs_f64()
+    }
+
     /// The time in which one more is granted, once the burst is used up.
     pub fn interval(self) -> Duration {
         let nanos = self.period.as_nanos() / u128::from(self.count);

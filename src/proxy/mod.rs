@@ -133,7 +133,7 @@ impl Proxy {
         &self.shared.metrics
     }
 
-    /// What there is to see now; of tasks the proxy knows nothing.
+    /// What there is to see now; of tasks and clients' connections the proxy knows nothing.
     pub fn gauges(&self) -> Gauges {
         let (connections_active, connections_idle) = self.shared.connections.active_and_idle();
         Gauges {
@@ -141,9 +141,11 @@ impl Proxy {
             limits: self.shared.gate.limit_gauges(),
             connections_active,
             connections_idle,
+            waiting_limit: self.shared.config.queue.max_waiting.into(),
             buffered_bytes: self.shared.memory.held(),
+            buffered_bytes_limit: self.shared.config.queue.max_bytes,
             reserved_tokens: self.shared.gate.reserved_tokens(),
-            tasks: 0,
+            ..Gauges::default()
         }
     }
 

@@ -275,6 +275,11 @@ impl Workers {
         self.max_connections - self.connections.available_permits()
     }
 
+    /// How many clients may be connected.
+    pub fn max_connections(&self) -> usize {
+        self.max_connections
+    }
+
     /// Tasks alive on all of these threads.
     pub fn tasks(&self) -> usize {
         self.workers.iter().map(|worker| worker.runtime.metrics().num_alive_tasks()).sum()

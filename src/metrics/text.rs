@@ -1,348 +1,19 @@
-//! Every metric and label. The only user of `prometheus`.
-//!
-//! Handles are kept per model, and per model and client, so that a request touches atomics only: no label is hashed, and
-//! none can collide with another (prometheus' own vectors hash label values without a separator). The labels' values are
-//! closed vocabularies, the bounded names of [`Models`] and the configuration's clients; nothing a client sends makes a
-//! series. Gauges are read when scraped.
-
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
-use std::time::Duration;
+//! The text that is scraped: every family, with its name and help.
 
 use prometheus::core::{Collector as _, Metric as _};
-use prometheus::process_collector::ProcessCollector;
 use prometheus::proto::{Counter, Gauge, LabelPair, Metric, MetricFamily, MetricType};
-use prometheus::{Histogram, HistogramOpts, TextEncoder};
+use prometheus::{Histogram, TextEncoder};
 
-use crate::clients::ClientId;
-use crate::models::{ModelId, Models};
-
-/// Defines a label's closed vocabulary.
-macro_rules! vocabulary {
-    ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $label:literal,)+ }) => {
-        $(#[$doc])*
-        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-        pub enum $name { $($(#[$variant_doc])* $variant,)+ }
-
-        impl $name {
-            /// Every value.
-            pub const ALL: &'static [Self] = &[$(Self::$variant,)+];
-
-            /// The label's text.
-            pub fn label(self) -> &'static str {
-                match self { $(Self::$variant => $label,)+ }
-            }
-        }
-    };
-}
-
-vocabulary! {
-    /// How a request ended, as its client saw it.
-    Outcome {
-        /// The gateway's answer, whole.
-        Ok = "ok",
-        /// The client's fault, in the gateway's words or weir's.
-        ClientError = "client_error",
-        /// The gateway's error, passed on, or an answer that broke off.
-        UpstreamError = "upstream_error",
-        /// By weir, which could have served it later.
-        Refused = "refused",
-        /// Without an answer of the gateway's: unreachable, or too slow.
-        Failed = "failed",
-        /// The client went away first.
-        Disconnected = "disconnected",
-    }
-}
-
-vocabulary! {
-    /// How one attempt ended.
-    AttemptResult {
-        Ok = "ok",
-        TooManyRequests = "429",
-        ClientError = "4xx",
-        ServerError = "5xx",
-        ConnectError = "connect_error",
-        Reset = "reset",
-        Timeout = "timeout",
-        StreamError = "stream_error",
-        Cancelled = "cancelled",
-    }
-}
-
-vocabulary! {
-    /// Whose limit refused a request.
-    RefusedBy {
-        Requests = "requests",
-        Tokens = "tokens",
-        Concurrency = "concurrency",
-        Queue = "queue",
-        Breaker = "breaker",
-        Drain = "drain",
-    }
-}
-
-vocabulary! {
-    /// Tokens by what they were for.
-    TokenKind {
-        Prompt = "prompt",
-        Completion = "completion",
-        Cached = "cached",
-        Reasoning = "reasoning",
-    }
-}
-
-vocabulary! {
-    /// How far a request had come when its client went away.
-    Phase {
-        Queue = "queue",
-        Upstream = "upstream",
-        Stream = "stream",
-    }
-}
-
-/// One counter for each value of a vocabulary.
-struct Counters<const N: usize>([AtomicU64; N]);
-
-impl<const N: usize> Counters<N> {
-    fn new() -> Self {
-        Self([const { AtomicU64::new(0) }; N])
-    }
-
-    fn add(&self, index: usize, count: u64) {
-        self.0[index].fetch_add(count, Ordering::Relaxed);
-    }
-
-    fn read(&self) -> [u64; N] {
-        self.0.each_ref().map(|counter| counter.load(Ordering::Relaxed))
-    }
-}
-
-/// What is counted for one client's requests for one model.
-pub struct PairMetrics {
-    requests: Counters<{ Outcome::ALL.len() }>,
-    refused: Counters<{ RefusedBy::ALL.len() }>,
-    observed: Counters<{ RefusedBy::ALL.len() }>,
-    tokens: Counters<{ TokenKind::ALL.len() }>,
-}
-
-impl PairMetrics {
-    fn new() -> Self {
-        Self { requests: Counters::new(), refused: Counters::new(), observed: Counters::new(), tokens: Counters::new() }
-    }
-
-    /// A request has ended.
-    pub fn request(&self, outcome: Outcome) {
-        self.requests.add(outcome as usize, 1);
-    }
-
-    /// weir refused a request.
-    pub fn refused(&self, by: RefusedBy) {
-        self.refused.add(by as usize, 1);
-    }
-
-    /// A limit that only observes would have refused a request.
-    pub fn observed(&self, by: RefusedBy) {
-        self.observed.add(by as usize, 1);
-    }
-
-    /// The gateway counted so many tokens.
-    pub fn tokens(&self, kind: TokenKind, count: u64) {
-        self.tokens.add(kind as usize, count);
-    }
-}
-
-/// What is counted for one model, whoever asks for it.
-pub struct ModelMetrics {
-    attempts: Counters<{ AttemptResult::ALL.len() }>,
-    retries: Counters<{ AttemptResult::ALL.len() }>,
-    request_duration: Histogram,
-    upstream_duration: Histogram,
-    first_token: Histogram,
-    per_output_token: Histogram,
-    queue_wait: Histogram,
-}
-
-impl ModelMetrics {
-    fn new() -> Self {
-        Self {
-            attempts: Counters::new(),
-            retries: Counters::new(),
-            // 10 ms to 655 s: the SDKs wait for 600.
-            request_duration: histogram(0.01, 2.0, 17),
-            upstream_duration: histogram(0.01, 2.0, 17),
-            // 1 ms to 40 s and more.
-            first_token: histogram(0.001, 2.0, 17),
-            // 10 ms to 2.5 s.
-            per_output_token: histogram(0.01, 2.0, 9),
-            // 1 ms to 65 s, and two above for those who wait minutes.
-            queue_wait: histogram(0.001, 2.0, 19),
-        }
-    }
-
-    /// A request was answered; all its waiting included.
-    pub fn request_duration(&self, duration: Duration) {
-        self.request_duration.observe(duration.as_secs_f64());
-    }
-
-    /// An attempt has ended that long after it began.
-    pub fn attempt(&self, result: AttemptResult, duration: Duration) {
-        self.attempts.add(result as usize, 1);
-        self.upstream_duration.observe(duration.as_secs_f64());
-    }
-
-    /// An attempt that ended like this is made again.
-    pub fn retry(&self, reason: AttemptResult) {
-        self.retries.add(reason as usize, 1);
-    }
-
-    /// From sending the attempt that answered to its first output.
-    pub fn first_token(&self, duration: Duration) {
-        self.first_token.observe(duration.as_secs_f64());
-    }
-
-    /// The mean time for each token after the first.
-    pub fn per_output_token(&self, duration: Duration) {
-        self.per_output_token.observe(duration.as_secs_f64());
-    }
-
-    /// A request was let through, or refused, after waiting so long.
-    pub fn queue_wait(&self, duration: Duration) {
-        self.queue_wait.observe(duration.as_secs_f64());
-    }
-}
-
-/// The gauges of one model, read when scraped.
-#[derive(Debug, Clone, Default)]
-pub struct ModelGauges {
-    pub model: Arc<str>,
-    pub in_flight: u64,
-    pub waiting: u64,
-    pub concurrency_limit: Option<u32>,
-    /// How long the gateway wants to be left alone by it.
-    pub cooldown: Duration,
-}
-
-/// What is left of one limit, read when scraped.
-#[derive(Debug, Clone)]
-pub struct LimitGauge {
-    /// `global`, `model` or `client`.
-    pub scope: &'static str,
-    /// The model's name, or the client's; empty for the global limits.
-    pub name: String,
-    /// `requests`, `tokens` or `concurrency`.
-    pub unit: &'static str,
-    pub remaining: u64,
-}
-
-/// All gauges, read when scraped.
-#[derive(Debug, Clone, Default)]
-pub struct Gauges {
-    pub models: Vec<ModelGauges>,
-    pub limits: Vec<LimitGauge>,
-    pub connections_active: u64,
-    pub connections_idle: u64,
-    pub buffered_bytes: u64,
-    /// Tokens that requests under way are estimated to take.
-    pub reserved_tokens: u64,
-    /// tokio's tasks alive, of all runtimes.
-    pub tasks: u64,
-}
-
-/// A table by [`ModelId::index`], filled as models come into use.
-struct PerModel<T> {
-    /// The two that every weir has, without a lock.
-    stand_ins: [OnceLock<Arc<T>>; 2],
-    named: RwLock<Vec<Option<Arc<T>>>>,
-}
-
-impl<T> PerModel<T> {
-    fn new() -> Self {
-        Self { stand_ins: [const { OnceLock::new() }; 2], named: RwLock::default() }
-    }
-
-    /// The model's entry, made where there is none.
-    fn get(&self, id: ModelId, make: fn() -> T) -> Arc<T> {
-        if let Some(stand_in) = self.stand_ins.get(id.index()) {
-            return Arc::clone(stand_in.get_or_init(|| Arc::new(make())));
-        }
-        if let Some(known) = self.find(id) {
-            return known;
-        }
-        let mut named = self.named.write().unwrap_or_else(PoisonError::into_inner);
-        if named.len() <= id.index() {
-            named.resize_with(id.index() + 1, || None);
-        }
-        Arc::clone(named[id.index()].get_or_insert_with(|| Arc::new(make())))
-    }
-
-    /// The model's entry, if it was asked for before.
-    fn find(&self, id: ModelId) -> Option<Arc<T>> {
-        match self.stand_ins.get(id.index()) {
-            Some(stand_in) => stand_in.get().cloned(),
-            None => self.named.read().unwrap_or_else(PoisonError::into_inner).get(id.index()).cloned().flatten(),
-        }
-    }
-}
-
-/// Everything that is counted.
-pub struct Metrics {
-    models: Arc<Models>,
-    per_model: PerModel<ModelMetrics>,
-    /// By [`ClientId::index`].
-    clients: Vec<ClientPairs>,
-    disconnects: Counters<{ Phase::ALL.len() }>,
-    overhead: Histogram,
-    process: ProcessCollector,
-}
-
-/// What is counted for one client.
-struct ClientPairs {
-    name: Arc<str>,
-    per_model: PerModel<PairMetrics>,
-}
+use super::*;
 
 impl Metrics {
-    /// All zero. The clients' names come in the order of [`ClientId::index`].
-    pub fn new<'c>(models: Arc<Models>, client_names: impl IntoIterator<Item = &'c Arc<str>>) -> Self {
-        let pairs = |name: &Arc<str>| ClientPairs { name: Arc::clone(name), per_model: PerModel::new() };
-        Self {
-            models,
-            per_model: PerModel::new(),
-            clients: client_names.into_iter().map(pairs).collect(),
-            disconnects: Counters::new(),
-            // 50 us to 100 ms.
-            overhead: histogram(0.000_05, 2.0, 12),
-            process: ProcessCollector::for_self(),
-        }
-    }
-
-    /// The handles of a model.
-    pub fn model(&self, id: ModelId) -> Arc<ModelMetrics> {
-        self.per_model.get(id, ModelMetrics::new)
-    }
-
-    /// The handles of a client's requests for a model.
-    pub fn pair(&self, model: ModelId, client: ClientId) -> Arc<PairMetrics> {
-        self.clients[client.index()].per_model.get(model, PairMetrics::new)
-    }
-
-    /// A client went away.
-    pub fn disconnect(&self, phase: Phase) {
-        self.disconnects.add(phase as usize, 1);
-    }
-
-    /// What weir itself added to a request, waiting excluded.
-    pub fn overhead(&self, duration: Duration) {
-        self.overhead.observe(duration.as_secs_f64());
-    }
-
     /// Everything, in Prometheus' text format.
     pub fn encode(&self, gauges: &Gauges) -> String {
         let (models, pairs) = (self.models_in_use(), self.pairs_in_use());
         let mut families: Vec<MetricFamily> = PAIR_COUNTERS.iter().map(|family| family.of(&pairs)).collect();
         families.extend(MODEL_COUNTERS.iter().map(|family| family.of(&models)));
         families.extend(HISTOGRAMS.iter().map(|family| family.of(&models)));
-        families.push(self.disconnects());
+        families.extend(self.of_all());
         families.push(family(
             "weir_overhead_seconds",
             OVERHEAD_HELP,
@@ -374,11 +45,39 @@ impl Metrics {
         self.clients.iter().flat_map(of_client).collect()
     }
 
-    fn disconnects(&self) -> MetricFamily {
+    /// What is counted for all together.
+    fn of_all(&self) -> [MetricFamily; 5] {
+        let of = |name, help, metrics| family(name, help, MetricType::COUNTER, metrics);
         let phases = Phase::ALL.iter().zip(self.disconnects.read());
-        let metrics = phases.map(|(phase, count)| counter(count, &[("phase", phase.label())]));
-        let help = "Clients that went away before their answer was whole, by how far the request had come.";
-        family("weir_client_disconnects_total", help, MetricType::COUNTER, metrics.collect())
+        let guards = Guard::ALL.iter().zip(self.guards.read());
+        let reloads = ReloadResult::ALL.iter().zip(self.reloads.read());
+        [
+            of(
+                "weir_client_disconnects_total",
+                "Clients that went away before their answer was whole, by how far the request had come.",
+                phases.map(|(phase, count)| counter(count, &[("phase", phase.label())])).collect(),
+            ),
+            of(
+                "weir_guards_total",
+                "How often a bound of the configuration's [server] has held a client up, refused it or cut it off.",
+                guards.map(|(guard, count)| counter(count, &[("guard", guard.label())])).collect(),
+            ),
+            of(
+                "weir_reloads_total",
+                "New configurations, by what became of them; a refused one has changed nothing.",
+                reloads.map(|(result, count)| counter(count, &[("result", result.label())])).collect(),
+            ),
+            of(
+                "weir_tls_handshake_failures_total",
+                "Clients' TLS handshakes that came to nothing.",
+                vec![counter(self.failed_handshakes.load(Ordering::Relaxed), &[])],
+            ),
+            of(
+                "weir_access_log_dropped_total",
+                "Lines of the access log that were not written: the disk was too slow, or refused them.",
+                vec![counter(self.lost_log_lines.load(Ordering::Relaxed), &[])],
+            ),
+        ]
     }
 }
 
@@ -513,9 +212,14 @@ fn gauge_families(gauges: &Gauges) -> Vec<MetricFamily> {
             gauges.models.iter().filter_map(move |model| Some(gauge(value(model)?, &[("model", &model.model)])));
         metrics.collect::<Vec<_>>()
     };
-    let limits = gauges.limits.iter().map(|limit| {
-        gauge(limit.remaining as f64, &[("scope", limit.scope), ("name", &limit.name), ("unit", limit.unit)])
-    });
+    let limits = |value: fn(&LimitGauge) -> Option<f64>| {
+        let of = move |limit: &LimitGauge| {
+            let labels = [("scope", limit.scope), ("name", &*limit.name), ("unit", limit.unit)];
+            Some(gauge(value(limit)?, &labels))
+        };
+        gauges.limits.iter().filter_map(of).collect::<Vec<_>>()
+    };
+    let single = |value: u64| vec![gauge(value as f64, &[])];
     let connections = [("active", gauges.connections_active), ("idle", gauges.connections_idle)];
     let connections = connections.map(|(state, count)| gauge(count as f64, &[("state", state)])).to_vec();
     let version = gauge(1.0, &[("version", env!("CARGO_PKG_VERSION"))]);
@@ -536,28 +240,40 @@ fn gauge_families(gauges: &Gauges) -> Vec<MetricFamily> {
         row(
             "weir_limit_remaining",
             "What is left of a limit now: requests that may start, tokens that may be asked for, or free slots.",
-            limits.collect(),
+            limits(|limit| Some(limit.remaining as f64)),
+        ),
+        row(
+            "weir_limit_capacity",
+            "What weir_limit_remaining is at most: a bucket's burst, or all slots.",
+            limits(|limit| Some(limit.capacity as f64)),
+        ),
+        row(
+            "weir_limit_refill_per_second",
+            "What comes back to a limit in a second: the rate of the configuration, this weir's share of it.",
+            limits(|limit| limit.per_second),
         ),
         row("weir_upstream_connections", "Connections to the gateway.", connections),
-        row("weir_buffered_bytes", "Request bodies held in memory.", vec![gauge(gauges.buffered_bytes as f64, &[])]),
+        row("weir_client_connections", "Connections from clients.", single(gauges.client_connections)),
+        row(
+            "weir_client_connections_limit",
+            "server.max_connections: so many clients may be connected.",
+            single(gauges.client_connections_limit),
+        ),
+        row("weir_waiting_limit", "queue.max_waiting: so many requests may wait.", single(gauges.waiting_limit)),
+        row("weir_buffered_bytes", "Request bodies held in memory.", single(gauges.buffered_bytes)),
+        row("weir_buffered_bytes_limit", "queue.max_bytes: so much may be held.", single(gauges.buffered_bytes_limit)),
         row(
             "weir_reserved_tokens",
             "Estimated tokens of requests under way, not settled yet.",
-            vec![gauge(gauges.reserved_tokens as f64, &[])],
+            single(gauges.reserved_tokens),
         ),
         row(
             "weir_tasks",
             "Tasks alive in weir: two for each connection or so, and a few of its own. Not to grow without these.",
-            vec![gauge(gauges.tasks as f64, &[])],
+            single(gauges.tasks),
         ),
         row("weir_build_info", "1, with the version as a label.", vec![version]),
     ]
-}
-
-fn histogram(start: f64, factor: f64, count: usize) -> Histogram {
-    let buckets =
-        prometheus::exponential_buckets(start, factor, count).expect("the start is positive and the factor above 1");
-    Histogram::with_opts(HistogramOpts::new("x", "x").buckets(buckets)).expect("a valid name")
 }
 
 fn counter(count: u64, labels: &[(&str, &str)]) -> Metric {
@@ -652,7 +368,14 @@ mod tests {
         metrics.pair(ModelId::NONE, ClientId::NONE).request(Outcome::Ok);
         let gauges = Gauges {
             models: vec![ModelGauges { model: "a".into(), concurrency_limit: Some(10), ..ModelGauges::default() }],
-            limits: vec![LimitGauge { scope: "global", name: String::new(), unit: "requests", remaining: 3 }],
+            limits: vec![LimitGauge {
+                scope: "global",
+                name: String::new(),
+                unit: "requests",
+                remaining: 3,
+                capacity: 5,
+                per_second: Some(0.5),
+            }],
             ..Gauges::default()
         };
         let text = metrics.encode(&gauges);
