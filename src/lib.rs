@@ -11,6 +11,7 @@ pub mod openai;
 pub mod error;
 pub mod clients;
 pub mod metrics;
+pub mod recent;
 pub mod ledger;
 pub mod admission;
 pub mod upstream;

@@ -16,6 +16,7 @@ use prometheus::process_collector::ProcessCollector;
 use prometheus::{Histogram, HistogramOpts};
 
 use crate::clients::ClientId;
+use crate::error::Cause;
 use crate::models::{ModelId, Models};
 
 pub use gauges::{Gauges, LimitGauge, ModelGauges};
@@ -81,6 +82,14 @@ vocabulary! {
         Queue = "queue",
         Breaker = "breaker",
         Drain = "drain",
+    }
+}
+
+impl RefusedBy {
+    /// Whose limit it is that refuses for this cause; `None` where something failed, or the request is at fault.
+    pub fn of(cause: Cause) -> Option<Self> {
+        let word = cause.refused_by()?;
+        Some(*Self::ALL.iter().find(|by| by.label() == word).expect("every word of the table is a label"))
     }
 }
 
@@ -324,6 +333,11 @@ impl Metrics {
     /// The handles of a client's requests for a model.
     pub fn pair(&self, model: ModelId, client: ClientId) -> Arc<PairMetrics> {
         self.clients[client.index()].per_model.get(model, PairMetrics::new)
+    }
+
+    /// The names that stand for a client and a model in labels.
+    pub fn names(&self, client: ClientId, model: ModelId) -> (Arc<str>, Arc<str>) {
+        (Arc::clone(&self.clients[client.index()].name), self.models.name(model))
     }
 
     /// A client went away.

@@ -30,11 +30,12 @@ use crate::admission::{Applicant, ByteBudget, Gate, Permit, Standing};
 use crate::clients::Clients;
 use crate::config::Config;
 use crate::error::{Cause, Failure};
-use crate::ledger::Ledger;
+use crate::ledger::{Books, Ledger};
 use crate::metrics::{AttemptResult, Gauges, Metrics, Outcome, RefusedBy};
 use crate::models::{ModelId, Models};
 use crate::openai::call::Endpoint;
 use crate::openai::headers;
+use crate::recent::RecentError;
 use crate::relay::{BrokenOff, Relay};
 use crate::retry::{Ending, Policy, Tries, Verdict};
 use crate::upstream::connect::Connector;
@@ -65,7 +66,7 @@ struct Shared {
     config: Arc<Config>,
     models: Arc<Models>,
     clients: Clients,
-    metrics: Arc<Metrics>,
+    books: Arc<Books>,
     gate: Arc<Gate>,
     policy: Policy,
     memory: ByteBudget,
@@ -93,7 +94,7 @@ impl Proxy {
         let authority = config.upstream.base_url.authority().as_str();
         let clients = Clients::new(&config);
         let shared = Shared {
-            metrics: Arc::new(Metrics::new(models.clone(), clients.names())),
+            books: Arc::new(Books::new(Arc::new(Metrics::new(models.clone(), clients.names())))),
             gate: Gate::open(&config, models.clone(), &clients),
             policy: Policy::new(&config.retry, Instant::now()),
             memory: ByteBudget::new(config.queue.max_bytes),
@@ -130,7 +131,12 @@ impl Proxy {
 
     /// What was counted.
     pub fn metrics(&self) -> &Metrics {
-        &self.shared.metrics
+        &self.shared.books.metrics
+    }
+
+    /// The last requests that were refused, failed or answered with an error, the newest first.
+    pub fn recent_errors(&self) -> Vec<RecentError> {
+        self.shared.books.recent_errors.latest()
     }
 
     /// What there is to see now; of tasks and clients' connections the proxy knows nothing.
@@ -151,7 +157,7 @@ impl Proxy {
 
     /// Serves one request, of a client at that address. Dropping the future cancels it everywhere.
     pub async fn serve(&self, request: Request<Incoming>, peer: Option<IpAddr>) -> Response<ResponseBody> {
-        let mut ledger = Ledger::open(self.shared.metrics.clone(), Instant::now());
+        let mut ledger = Ledger::open(self.shared.books.clone(), Instant::now());
         let (head, body) = request.into_parts();
         let (version, mut asked) = (head.version, Asked { body: Some(body), applicant: None });
         // A copy: what shares hyper's read buffer keeps it from being used again.
@@ -159,13 +165,14 @@ impl Proxy {
             head.headers.get(&headers::REQUEST_ID).and_then(|id| HeaderValue::from_bytes(id.as_bytes()).ok());
         let endpoint = route::route(&head.method, head.uri.path()).and_then(|route| route.endpoint);
         let mut response = match self.story(head, &mut asked, peer, &mut ledger).await {
-            Ok(answer) => self.respond(answer, endpoint, ledger),
+            Ok(answer) => self.respond(answer, endpoint, request_id, ledger),
             Err(failure) => {
                 if let (Some(unread), Version::HTTP_2) = (&mut asked.body, version) {
                     body::discard(unread).await;
                 }
-                let mut response = self.fail(&failure, endpoint, ledger);
-                if matches!(failure.cause, Cause::BadRequest | Cause::HeadersTooLarge) && version < Version::HTTP_2 {
+                let cause = failure.cause;
+                let mut response = self.fail(failure, endpoint, request_id, ledger);
+                if matches!(cause, Cause::BadRequest | Cause::HeadersTooLarge) && version < Version::HTTP_2 {
                     // Someone between here and the client may read differently where it ends, as hyper supposes of its own.
                     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }
@@ -176,7 +183,7 @@ impl Proxy {
             let Standing { requests, tokens } = self.shared.gate.standing(applicant);
             headers::tell_quota(response.headers_mut(), requests, tokens);
         }
-        self.name(response, request_id)
+        response
     }
 
     /// The story of one request.
@@ -299,7 +306,7 @@ impl Proxy {
         ledger.waited(begun.elapsed());
         let permit = admitted?;
         if !again {
-            permit.would_refuse().iter().filter_map(|cause| refused_by(*cause)).for_each(|by| ledger.observed(by));
+            permit.would_refuse().iter().filter_map(|cause| RefusedBy::of(*cause)).for_each(|by| ledger.observed(by));
         }
         Ok(permit)
     }
@@ -335,13 +342,20 @@ impl Proxy {
     }
 
     /// The gateway's answer, with what weir adds.
-    fn respond(&self, answer: Box<Answer>, endpoint: Option<Endpoint>, mut ledger: Ledger) -> Response<ResponseBody> {
+    fn respond(
+        &self,
+        answer: Box<Answer>,
+        endpoint: Option<Endpoint>,
+        request_id: Option<HeaderValue>,
+        mut ledger: Ledger,
+    ) -> Response<ResponseBody> {
         let Answer { mut head, source, hides_usage } = *answer;
         let now = Instant::now();
         ledger.answer_begins(now);
         fields::to_client(&mut head);
         head.headers.reserve(MOST_OWN_FIELDS);
         add_own_fields(&mut head.headers, &ledger, now);
+        ledger.answers(self.name(&mut head.headers, request_id), head.status);
         let endpoint = endpoint.filter(|_| head.status.is_success());
         if hides_usage {
             // A chunk will be missing from it.
@@ -352,8 +366,14 @@ impl Proxy {
     }
 
     /// weir's own answer.
-    fn fail(&self, failure: &Failure, endpoint: Option<Endpoint>, mut ledger: Ledger) -> Response<ResponseBody> {
-        let outcome = match refused_by(failure.cause) {
+    fn fail(
+        &self,
+        failure: Failure,
+        endpoint: Option<Endpoint>,
+        request_id: Option<HeaderValue>,
+        mut ledger: Ledger,
+    ) -> Response<ResponseBody> {
+        let outcome = match RefusedBy::of(failure.cause) {
             Some(by) => {
                 ledger.refused(by);
                 tracing::debug!(refused_by = by.label(), code = failure.cause.code(), message = %failure, "refused");
@@ -371,27 +391,21 @@ impl Proxy {
             // Retrying is left to the client.
             response.headers_mut().remove(&headers::SHOULD_RETRY);
         }
-        ledger.close(outcome);
+        ledger.answers(self.name(response.headers_mut(), request_id), failure.cause.status());
+        ledger.close_with(outcome, failure);
         response
     }
 
     /// Gives the answer the gateway's request id, else the client's, else one of weir's.
-    fn name(&self, mut response: Response<ResponseBody>, of_client: Option<HeaderValue>) -> Response<ResponseBody> {
-        response.headers_mut().entry(&headers::REQUEST_ID).or_insert_with(|| {
+    fn name<'f>(&self, fields: &'f mut HeaderMap, of_client: Option<HeaderValue>) -> &'f HeaderValue {
+        fields.entry(&headers::REQUEST_ID).or_insert_with(|| {
             of_client.unwrap_or_else(|| {
                 let number = self.shared.requests.fetch_add(1, Ordering::Relaxed);
                 let id = ["weir-", &self.shared.instance, "-", itoa::Buffer::new().format(number)].concat();
                 HeaderValue::try_from(id).expect("digits and letters")
             })
-        });
-        response
+        })
     }
-}
-
-/// The label of whose limit refused a request; `None` where something failed.
-fn refused_by(cause: Cause) -> Option<RefusedBy> {
-    let word = cause.refused_by()?;
-    Some(*RefusedBy::ALL.iter().find(|by| by.label() == word).expect("every word of the table is a label"))
 }
 
 /// What is left of a request, and known of it, when its story has ended.

@@ -12,6 +12,7 @@ mod held_streams;
 mod learning;
 mod limits;
 mod metering;
+mod recent_errors;
 mod retries;
 mod simulation;
 mod steering;
