@@ -12,6 +12,7 @@ mod held_streams;
 mod learning;
 mod limits;
 mod metering;
+mod reloads;
 mod retries;
 mod simulation;
 mod steering;

@@ -233,9 +233,11 @@ impl<W> Queue<W> {
         self.ways_of(self.tenants.share(tenant).tenant, lane)
     }
 
-    /// The paces of all lanes.
+    /// The paces of all lanes, in an order that does not depend on hashes.
     pub(super) fn paces(&self) -> Vec<LimitId> {
-        self.of_lane.values().map(|lane| self.lanes[lane.0].pace).collect()
+        let mut paces: Vec<LimitId> = self.of_lane.values().map(|lane| self.lanes[lane.0].pace).collect();
+        paces.sort_unstable();
+        paces
     }
 
     /// Forgets what is idle, when there is much.

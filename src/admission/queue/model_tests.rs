@@ -248,7 +248,7 @@ impl History {
     fn reload(&mut self) {
         let Self { rng, world, clients, .. } = self;
         let now = world.now;
-        let mut table = |rng: &mut SmallRng, name: &str| Table {
+        let table = |rng: &mut SmallRng, name: &str| Table {
             name: name.into(),
             mode: mode(rng),
             // A table may have no limits at all.

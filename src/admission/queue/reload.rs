@@ -58,9 +58,11 @@ struct Changes {
 }
 
 impl<W> Queue<W> {
-    /// The models whose limits are known.
-    pub fn models(&self) -> impl Iterator<Item = ModelId> + '_ {
-        self.of_model.keys().copied()
+    /// The models whose limits are known, in an order that does not depend on hashes.
+    pub fn models(&self) -> Vec<ModelId> {
+        let mut models: Vec<ModelId> = self.of_model.keys().copied().collect();
+        models.sort_unstable();
+        models
     }
 
     /// Puts other limits in force. To be followed by [`Queue::pump`].

@@ -29,7 +29,7 @@ impl World {
 
     fn reload_with(&mut self, rules: Rules, global: Vec<Measure>, clients: Vec<(ClientId, Weight, Table)>) {
         let none = || Table { name: "any".into(), mode: Mode::Enforce, measures: Vec::new() };
-        let models = self.queue.models().map(|model| (model, none())).collect();
+        let models = self.queue.models().into_iter().map(|model| (model, none())).collect();
         self.queue.reload(NewLimits { rules, global, models, clients }, self.now);
         self.pump();
     }
