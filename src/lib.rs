@@ -19,6 +19,7 @@ pub mod retry;
 pub mod relay;
 pub mod proxy;
 pub mod server;
+pub mod reload;
 pub mod admin;
 pub mod run;
 pub mod simulator;

@@ -13,6 +13,7 @@ mod learning;
 mod limits;
 mod metering;
 mod recent_errors;
+mod reloads;
 mod retries;
 mod simulation;
 mod steering;
