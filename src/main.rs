@@ -3,9 +3,12 @@
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use tokio::signal::unix::{SignalKind, signal};
+use weir::access_log::AccessLog;
 use weir::config::{Config, Log, LogFormat, LogLevel};
+use weir::outlet::{Habits, Outlet, Stderr};
 use weir::run::Running;
 use weir::{demo, simulator};
 
@@ -130,9 +133,18 @@ fn finish(result: Result<(), String>) -> ExitCode {
     }
 }
 
-/// Serves until a signal, then drains; a second signal ends it at once.
+/// How long the last lines of the logs may take to be written.
+const LAST_LINES: Duration = Duration::from_secs(2);
+
+/// Serves until a signal, then drains; a second signal ends it at once. What is said goes to stderr.
 async fn serve(config: Config, file: Option<PathBuf>) -> Result<(), String> {
-    start_log(config.log);
+    let log = start_log(&config.log).map_err(|error| format!("cannot start the log: {error}"))?;
+    let result = serve_until_told(config, file).await;
+    log.flush(LAST_LINES);
+    result
+}
+
+async fn serve_until_told(config: Config, file: Option<PathBuf>) -> Result<(), String> {
     if file.is_none() {
         tracing::info!("no --config given: the built-in defaults are in force; weir check prints them");
     }
@@ -148,35 +160,49 @@ async fn serve(config: Config, file: Option<PathBuf>) -> Result<(), String> {
     for address in &running.addresses {
         tracing::info!(address = %address, admin = %running.admin_address, upstream, "listening");
     }
-    signals.next().await;
+    let access_log = running.access_log().clone();
+    signals.end(&access_log).await;
     tokio::select! {
         () = running.stop() => {}
-        () = signals.next() => tracing::warn!("a second signal: ending at once"),
+        () = signals.end(&access_log) => tracing::warn!("a second signal: ending at once"),
+    }
+    if !access_log.flush(LAST_LINES) {
+        tracing::warn!("the access log's last lines could not be written in time");
     }
     Ok(())
 }
 
-/// SIGTERM and SIGINT.
+/// SIGTERM and SIGINT, which end it, and SIGHUP, which opens the access log's file anew.
 struct Signals {
     terminate: tokio::signal::unix::Signal,
     interrupt: tokio::signal::unix::Signal,
+    hang_up: tokio::signal::unix::Signal,
 }
 
 impl Signals {
     fn new() -> Result<Self, String> {
         let watch = |kind| signal(kind).map_err(|error| format!("cannot watch for signals: {error}"));
-        Ok(Self { terminate: watch(SignalKind::terminate())?, interrupt: watch(SignalKind::interrupt())? })
+        Ok(Self {
+            terminate: watch(SignalKind::terminate())?,
+            interrupt: watch(SignalKind::interrupt())?,
+            hang_up: watch(SignalKind::hangup())?,
+        })
     }
 
-    async fn next(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
+    /// Waits for a signal that ends it, and does meanwhile what the others ask for.
+    async fn end(&mut self, access_log: &AccessLog) {
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => return,
+                _ = self.interrupt.recv() => return,
+                _ = self.hang_up.recv() => access_log.reopen(),
+            }
         }
     }
 }
 
-fn start_log(settings: Log) {
+/// weir's own log. No thread that serves waits for stderr: what is said goes through an outlet.
+fn start_log(settings: &Log) -> std::io::Result<Outlet> {
     let level = match settings.level {
         LogLevel::Error => tracing::Level::ERROR,
         LogLevel::Warn => tracing::Level::WARN,
@@ -184,10 +210,19 @@ fn start_log(settings: Log) {
         LogLevel::Debug => tracing::Level::DEBUG,
     };
     let terminal = std::io::stderr().is_terminal();
-    let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(level).with_target(false);
+    let habits = Habits { name: "weir's own log", gather: Duration::ZERO, lost: Box::new(|_| {}) };
+    let outlet = Outlet::start(Box::new(Stderr), habits)?;
+    let writer = outlet.clone();
+    let log = tracing_subscriber::fmt()
+        .with_writer(move || writer.clone())
+        .with_max_level(level)
+        .with_target(false)
+        // It would be said on stderr, which is what cannot be written to, and end the thread.
+        .log_internal_errors(false);
     match settings.format {
         LogFormat::Json => log.json().flatten_event(true).init(),
         LogFormat::Auto if !terminal => log.json().flatten_event(true).init(),
         LogFormat::Auto | LogFormat::Text => log.with_ansi(terminal).init(),
     }
+    Ok(outlet)
 }

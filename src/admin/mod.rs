@@ -69,7 +69,7 @@ impl Admin {
 
     async fn serve_connection(self: Arc<Self>, stream: TcpStream) {
         let activity = Arc::new(Activity::default());
-        let io = TokioIo::new(Edge::new(stream, activity.clone(), LIMITS));
+        let io = TokioIo::new(Edge::new(stream, activity.clone(), LIMITS, None));
         let service = service_fn(|request: Request<Incoming>| {
             let _active = activity.begin(false);
             let response = self.answer(request.method(), request.uri().path());

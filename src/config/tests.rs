@@ -158,7 +158,7 @@ bugdet = 0.2
 
 #[test]
 fn a_key_without_effect_yet_is_said_to_be_one() {
-    for source in ["[log]\naccess = \"stderr\"", "[server]\ntls = { cert = \"a\", key = \"b\" }"] {
+    for source in ["[server]\nlame_duck = \"5s\"", "[server]\ntls = { cert = \"a\", key = \"b\" }"] {
         let found = complaints(source);
         assert!(found.len() == 1 && found[0].contains("no effect in this version"), "{found:?}");
     }
