@@ -309,7 +309,12 @@ impl Ledger {
         }
     }
 
-    fn entry<'e>(&'e self, (client, model): (&'e str, &'e str), outcome: Outcome, failure: Option<&'e Failure>) -> Entry<'e> {
+    fn entry<'e>(
+        &'e self,
+        (client, model): (&'e str, &'e str),
+        outcome: Outcome,
+        failure: Option<&'e Failure>,
+    ) -> Entry<'e> {
         let uploaded = self.upload.as_ref().map_or(0, |counter| counter.load(Ordering::Relaxed));
         let waits = self.waiting_since.map_or(Duration::ZERO, |since| since.elapsed());
         Entry {

@@ -133,8 +133,8 @@ fn finish(result: Result<(), String>) -> ExitCode {
     }
 }
 
-/// How long the last lines of the logs may take to be written.
-const LAST_LINES: Duration = Duration::from_secs(2);
+/// How long the last lines of each log may take to be written.
+const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// Serves until a signal, then drains; a second signal ends it at once. What is said goes to stderr.
 async fn serve(config: Config, file: Option<PathBuf>) -> Result<(), String> {

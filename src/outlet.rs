@@ -197,12 +197,8 @@ impl Outlet {
     /// # Errors
     /// There can be no further thread.
     pub fn start(sink: Box<dyn Sink>, habits: Habits) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
-            habits,
-            waiting: Mutex::default(),
-            work: Condvar::new(),
-            progress: Condvar::new(),
-        });
+        let shared =
+            Arc::new(Shared { habits, waiting: Mutex::default(), work: Condvar::new(), progress: Condvar::new() });
         let writer = Writer { shared: shared.clone(), sink, lines: Vec::new(), written: 0, failing: false };
         std::thread::Builder::new().name("log".to_owned()).spawn(move || writer.run())?;
         Ok(Self { ends: Arc::new(Ends { shared }) })
@@ -295,7 +291,11 @@ impl Shared {
     /// Says so, if it is time to. No lock may be held: this may come back as a line to push.
     fn tell_losses(&self, due: Option<u64>) {
         if let Some(lines) = due {
-            tracing::warn!(lines, "lines of {} were lost: what it is written to is too slow, or full", self.habits.name);
+            tracing::warn!(
+                lines,
+                "lines of {} were lost: what it is written to is too slow, or full",
+                self.habits.name
+            );
         }
     }
 }
@@ -350,9 +350,8 @@ impl Writer {
             waiting = self.park(waiting, |waiting| waiting.lines.is_empty() && !waiting.urgent && !commanded(waiting));
         }
         let (limit, hurries) = (pause.unwrap_or(shared.habits.gather), pause.is_none());
-        let wait = |waiting: &mut Waiting| !commanded(waiting) && !(hurries && waiting.urgent);
-        let (waiting, _) =
-            shared.work.wait_timeout_while(waiting, limit, wait).unwrap_or_else(PoisonError::into_inner);
+        let wait = |waiting: &mut Waiting| !(commanded(waiting) || hurries && waiting.urgent);
+        let (waiting, _) = shared.work.wait_timeout_while(waiting, limit, wait).unwrap_or_else(PoisonError::into_inner);
         self.take(waiting)
     }
 

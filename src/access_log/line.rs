@@ -241,7 +241,8 @@ mod tests {
 
     #[test]
     fn any_text_comes_back_as_it_was() {
-        for text in ["", "a", "\"\\\"", "\u{1b}[2J\u{9b}2J", "a\r\nb\t\0", "é€😀", "\u{2028}\u{85}\u{7f}", "</script>"] {
+        for text in ["", "a", "\"\\\"", "\u{1b}[2J\u{9b}2J", "a\r\nb\t\0", "é€😀", "\u{2028}\u{85}\u{7f}", "</script>"]
+        {
             assert_eq!(read_back(text.as_bytes(), 100), text);
         }
         assert_eq!(read_back(b"a\xff\xfeb\xe2\x82", 100), "a\u{fffd}\u{fffd}b\u{fffd}");

@@ -216,13 +216,13 @@ fn trace_id(fields: &HeaderMap) -> Option<&[u8]> {
     let (parent, None) = (values.next()?.as_bytes(), values.next()) else { return None };
     let mut parts = parent.split(|byte| *byte == b'-');
     let [version, trace, span, flags] = [parts.next()?, parts.next()?, parts.next()?, parts.next()?];
-    let is_hex = |part: &[u8], length| {
-        part.len() == length && part.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
-    };
+    let is_hex =
+        |part: &[u8], length| part.len() == length && part.iter().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
     let whole = is_hex(version, 2) && is_hex(trace, 32) && is_hex(span, 16) && is_hex(flags, 2);
     // A later version may have more behind it.
     let ends = version != b"00" || parts.next().is_none();
-    let valid = whole && ends && version != b"ff" && [trace, span].iter().all(|id| id.iter().any(|digit| *digit != b'0'));
+    let valid =
+        whole && ends && version != b"ff" && [trace, span].iter().all(|id| id.iter().any(|digit| *digit != b'0'));
     valid.then_some(trace)
 }
 

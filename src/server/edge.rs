@@ -288,7 +288,8 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Edge<I> {
         if let Poll::Ready(written) = Pin::new(&mut edge.io).poll_write(cx, own_bytes.as_deref().unwrap_or(bytes)) {
             edge.write_alarm.disarm();
             let Some(failure) = own else { return Poll::Ready(written) };
-            let guard = if failure.message == TARGET_TOO_LONG { Some(Guard::MaxHead) } else { Guard::of(failure.cause) };
+            let guard =
+                if failure.message == TARGET_TOO_LONG { Some(Guard::MaxHead) } else { Guard::of(failure.cause) };
             guard.into_iter().for_each(|guard| edge.count(guard));
             // Own words are short: they fit the socket's buffer, or the client gets what fits.
             return Poll::Ready(written.map(|_| bytes.len()));

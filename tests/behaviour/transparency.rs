@@ -604,7 +604,8 @@ async fn traces_pass_untouched_both_ways_in_either_protocol() {
     // Also one that is not valid: judging it is for those who take part.
     for parent in ["00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01", "nonsense", response] {
         let asked = with(chat(CHAT), "traceparent", parent);
-        let asked = with(with(asked, "tracestate", "rojo=00f067aa0ba902b7, a@b=t61rcWkgMzE"), "tracestate", "congo=,x=\"y\"");
+        let asked =
+            with(with(asked, "tracestate", "rojo=00f067aa0ba902b7, a@b=t61rcWkgMzE"), "tracestate", "congo=,x=\"y\"");
         let over_http1 = world.send(asked.clone()).await;
         let mut http2 = world.http2().await;
         let over_http2 = http2.send_request(crate::world::over_http2(asked)).await.expect("answered");
