@@ -1,15 +1,18 @@
 //! The account of one request: what it came to, written into the [`Books`] exactly once, also when it is dropped half-way.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
-use http::{HeaderValue, StatusCode};
+use http::{HeaderValue, StatusCode, request};
 use tokio::time::Instant;
 
+use crate::access_log::{AccessLog, Entry, Line};
 use crate::clients::ClientId;
 use crate::error::{Cause, Failure};
 use crate::metrics::{AttemptResult, Metrics, ModelMetrics, Outcome, PairMetrics, Phase, RefusedBy, TokenKind};
 use crate::models::ModelId;
+use crate::openai::headers;
 use crate::openai::usage::Usage;
 use crate::recent::{MAX_ID, RecentError, RecentErrors};
 
@@ -17,12 +20,15 @@ use crate::recent::{MAX_ID, RecentError, RecentErrors};
 pub struct Books {
     pub metrics: Arc<Metrics>,
     pub recent_errors: RecentErrors,
+    pub access_log: Arc<AccessLog>,
 }
 
 impl Books {
-    /// Books in which only these metrics are counted so far.
-    pub fn new(metrics: Arc<Metrics>) -> Self {
-        Self { metrics, recent_errors: RecentErrors::default() }
+    /// Books with an access log that is off. `upstream` is the gateway's authority.
+    pub fn new(metrics: Metrics, upstream: &str) -> Self {
+        let metrics = Arc::new(metrics);
+        let access_log = Arc::new(AccessLog::off(upstream, metrics.clone()));
+        Self { metrics, recent_errors: RecentErrors::default(), access_log }
     }
 }
 
@@ -36,15 +42,27 @@ pub struct Ledger {
     pair: Arc<PairMetrics>,
     arrived: Instant,
     phase: Phase,
-    /// Time spent in the queue, all attempts together.
+    /// Time spent in the queue, all attempts together, and since when it waits there now.
     queued: Duration,
+    waiting_since: Option<Instant>,
     /// Time the gateway took, without the attempt under way.
     upstream: Duration,
     /// Time spent between attempts, and on the client's body.
     elsewhere: Duration,
     attempt: Option<Attempt>,
     attempts: u32,
-    /// What the client sees in `x-request-id`; empty until its answer begins.
+    /// From sending the attempt that answered to its first output.
+    first_token: Option<Duration>,
+    usage: Option<Usage>,
+    /// Bytes of the request's body that were read; of one that streams through, those before it does.
+    bytes_in: u64,
+    /// The bytes of a body that streams through.
+    upload: Option<Arc<AtomicU64>>,
+    /// Bytes of the answer's body that were handed on.
+    bytes_out: u64,
+    /// The line of the access log, while that is on.
+    line: Option<Line>,
+    /// What the client sees in `x-request-id`; before its answer begins, what it sent there, or nothing.
     request_id: Box<[u8]>,
     /// What the client's answer begins with; `None` before that.
     status: Option<StatusCode>,
@@ -69,14 +87,52 @@ impl Ledger {
             arrived,
             phase: Phase::Queue,
             queued: Duration::ZERO,
+            waiting_since: None,
             upstream: Duration::ZERO,
             elsewhere: Duration::ZERO,
             attempt: None,
             attempts: 0,
+            first_token: None,
+            usage: None,
+            bytes_in: 0,
+            upload: None,
+            bytes_out: 0,
+            line: None,
             request_id: Box::default(),
             status: None,
             open: true,
         }
+    }
+
+    /// The request begins with this head.
+    pub fn begins(&mut self, head: &request::Parts) {
+        self.line = self.books.access_log.begin(head);
+        if let (Some(_), Some(id)) = (&self.line, head.headers.get(&headers::REQUEST_ID)) {
+            // Until the answer has one: the client may leave before.
+            self.set_request_id(id);
+        }
+    }
+
+    /// The body asks for a stream, or not, of a model that the client calls by this name.
+    pub fn asks(&mut self, stream: bool, model: Option<&str>) {
+        if let Some(line) = &mut self.line {
+            line.asks(stream, model.filter(|_| self.of.0 == ModelId::OTHER));
+        }
+    }
+
+    /// So many bytes of the request's body have been read.
+    pub fn received(&mut self, bytes: usize) {
+        self.bytes_in += bytes as u64;
+    }
+
+    /// The rest of the request's body streams through, and is counted there.
+    pub fn streams_in(&mut self, counter: Arc<AtomicU64>) {
+        self.upload = Some(counter);
+    }
+
+    /// So many bytes of the answer's body have been handed on.
+    pub fn gave(&mut self, bytes: usize) {
+        self.bytes_out += bytes as u64;
     }
 
     /// The model is known.
@@ -109,8 +165,15 @@ impl Ledger {
         self.attempts
     }
 
-    /// An attempt waited so long for its permit, or for its refusal.
-    pub fn waited(&mut self, waited: Duration) {
+    /// An attempt waits for its permit from now on.
+    pub fn waits(&mut self) {
+        self.waiting_since = Some(Instant::now());
+    }
+
+    /// It has its permit, or its refusal.
+    pub fn waited(&mut self) {
+        let Some(since) = self.waiting_since.take() else { return };
+        let waited = since.elapsed();
         self.queued += waited;
         self.model.queue_wait(waited);
     }
@@ -166,11 +229,13 @@ impl Ledger {
         let Some(attempt) = &mut self.attempt else { return };
         let now = Instant::now();
         attempt.first_output = Some(now);
+        self.first_token = Some(now - attempt.began);
         self.model.first_token(now - attempt.began);
     }
 
     /// The gateway says what the answer cost.
     pub fn used(&mut self, usage: Usage) {
+        self.usage = Some(usage);
         let counts = [
             (TokenKind::Prompt, usage.prompt),
             (TokenKind::Completion, usage.completion),
@@ -199,10 +264,14 @@ impl Ledger {
 
     /// What the client's answer says: its `x-request-id` and its status.
     pub fn answers(&mut self, request_id: &HeaderValue, status: StatusCode) {
-        // A copy: what shares the buffer that the gateway's head was read into would keep it for as long as a stream runs.
-        let id = request_id.as_bytes();
-        self.request_id = id[..id.len().min(MAX_ID)].into();
+        self.set_request_id(request_id);
         self.status = Some(status);
+    }
+
+    /// A copy: what shares the buffer that a head was read into would keep it for as long as a stream runs.
+    fn set_request_id(&mut self, id: &HeaderValue) {
+        let id = id.as_bytes();
+        self.request_id = id[..id.len().min(MAX_ID)].into();
     }
 
     /// The request has ended, without a failure that weir has a word for. Only the first call counts.
@@ -226,13 +295,49 @@ impl Ledger {
         if outcome == Outcome::Disconnected {
             self.books.metrics.disconnect(self.phase);
         }
-        if matches!(outcome, Outcome::Refused | Outcome::Failed | Outcome::UpstreamError) {
-            self.note_error(outcome, failure);
+        let line = self.line.take();
+        let is_error = matches!(outcome, Outcome::Refused | Outcome::Failed | Outcome::UpstreamError);
+        if line.is_none() && !is_error {
+            return;
+        }
+        let (client, model) = self.books.metrics.names(self.of.1, self.of.0);
+        if let Some(line) = line {
+            self.books.access_log.record(line, &self.entry((&client, &model), outcome, failure.as_ref()));
+        }
+        if is_error {
+            self.note_error((client, model), outcome, failure);
         }
     }
 
-    fn note_error(&self, outcome: Outcome, failure: Option<Failure>) {
-        let (client, model) = self.books.metrics.names(self.of.1, self.of.0);
+    fn entry<'e>(
+        &'e self,
+        (client, model): (&'e str, &'e str),
+        outcome: Outcome,
+        failure: Option<&'e Failure>,
+    ) -> Entry<'e> {
+        let uploaded = self.upload.as_ref().map_or(0, |counter| counter.load(Ordering::Relaxed));
+        let waits = self.waiting_since.map_or(Duration::ZERO, |since| since.elapsed());
+        Entry {
+            request_id: &self.request_id,
+            client,
+            model,
+            status: self.status,
+            outcome,
+            refused_by: failure.and_then(|failure| RefusedBy::of(failure.cause)),
+            scope: failure.and_then(|failure| failure.scope.as_deref()),
+            code: failure.map(|failure| failure.cause.code()),
+            attempts: self.attempts,
+            queued: self.queued + waits,
+            upstream: self.upstream,
+            first_token: self.first_token,
+            total: self.arrived.elapsed(),
+            usage: self.usage,
+            bytes_in: self.bytes_in + uploaded,
+            bytes_out: self.bytes_out,
+        }
+    }
+
+    fn note_error(&self, (client, model): (Arc<str>, Arc<str>), outcome: Outcome, failure: Option<Failure>) {
         let status = self.status.unwrap_or_default();
         let cause = failure.as_ref().map(|failure| failure.cause);
         let (message, scope) = match failure {

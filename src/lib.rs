@@ -12,6 +12,8 @@ pub mod error;
 pub mod clients;
 pub mod metrics;
 pub mod recent;
+pub mod outlet;
+pub mod access_log;
 pub mod ledger;
 pub mod admission;
 pub mod upstream;

@@ -3,13 +3,16 @@
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{Registry, fmt};
+use weir::access_log::AccessLog;
 use weir::config::{Config, Log, LogFormat, LogLevel};
+use weir::outlet::{Habits, Outlet, Stderr};
 use weir::reload::Source;
 use weir::run::Running;
 use weir::{demo, simulator};
@@ -137,10 +140,19 @@ fn finish(result: Result<(), String>) -> ExitCode {
     }
 }
 
-/// Serves until a signal, then drains; a second signal ends it at once. SIGHUP reloads the configuration; while it drains,
-/// that does nothing.
+/// How long the last lines of each log may take to be written.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// Serves until a signal, then drains; a second signal ends it at once. SIGHUP reloads the configuration and opens the access
+/// log anew; while it drains, only the latter. What is said goes to stderr.
 async fn serve(config: Config, file: Option<PathBuf>) -> Result<(), String> {
-    let level = start_log(config.log);
+    let (log, level) = start_log(&config.log).map_err(|error| format!("cannot start the log: {error}"))?;
+    let result = serve_until_told(config, file, level).await;
+    log.flush(LAST_LINES);
+    result
+}
+
+async fn serve_until_told(config: Config, file: Option<PathBuf>, level: LevelHandle) -> Result<(), String> {
     if file.is_none() {
         tracing::info!("no --config given: the built-in defaults are in force; weir check prints them");
     }
@@ -155,12 +167,13 @@ async fn serve(config: Config, file: Option<PathBuf>) -> Result<(), String> {
     let mut hangups = watch(SignalKind::hangup())?;
     let on_applied = move |config: &Config| {
         // It is there as long as the log is.
-        let _ = level.reload(level_of(config.log));
+        let _ = level.reload(level_of(&config.log));
     };
     let running = Running::start_with(config, Source { file, on_applied: Some(Box::new(on_applied)) })?;
     for address in &running.addresses {
         tracing::info!(address = %address, admin = %running.admin_address, upstream, "listening");
     }
+    let access_log = running.access_log().clone();
     tokio::select! {
         () = signals.next() => {}
         () = obey_hangups(&running, &mut hangups) => {}
@@ -168,6 +181,10 @@ async fn serve(config: Config, file: Option<PathBuf>) -> Result<(), String> {
     tokio::select! {
         () = running.stop() => {}
         () = signals.next() => tracing::warn!("a second signal: ending at once"),
+        () = reopen_at_hangups(&access_log, &mut hangups) => {}
+    }
+    if !access_log.flush(LAST_LINES) {
+        tracing::warn!("the access log's last lines could not be written in time");
     }
     Ok(())
 }
@@ -179,14 +196,22 @@ async fn obey_hangups(running: &Running, hangups: &mut Signal) {
     }
 }
 
-/// What SIGHUP asks for.
+/// What SIGHUP asks for: the access log first, since its file may have been renamed whatever becomes of the configuration.
 async fn on_hangup(running: &Running) {
+    running.access_log().reopen();
     // What became of it is in the log.
     let _ = running.reload_file().await;
 }
 
 fn watch(kind: SignalKind) -> Result<Signal, String> {
     signal(kind).map_err(|error| format!("cannot watch for signals: {error}"))
+}
+
+/// Opens the access log anew at each SIGHUP, until dropped.
+async fn reopen_at_hangups(access_log: &AccessLog, hangups: &mut Signal) {
+    while hangups.recv().await.is_some() {
+        access_log.reopen();
+    }
 }
 
 /// SIGTERM and SIGINT.
@@ -211,20 +236,28 @@ impl Signals {
 /// By which the log's level is changed.
 type LevelHandle = tracing_subscriber::reload::Handle<LevelFilter, Registry>;
 
-fn start_log(settings: Log) -> LevelHandle {
+/// weir's own log. No thread that serves waits for stderr: what is said goes through an outlet.
+fn start_log(settings: &Log) -> std::io::Result<(Outlet, LevelHandle)> {
     let (level, handle) = tracing_subscriber::reload::Layer::new(level_of(settings));
     let terminal = std::io::stderr().is_terminal();
+    let habits = Habits { name: "weir's own log", gather: Duration::ZERO, lost: Box::new(|_| {}) };
+    let outlet = Outlet::start(Box::new(Stderr), habits)?;
+    let writer = outlet.clone();
     let log = tracing_subscriber::registry().with(level);
-    let lines = fmt::layer().with_writer(std::io::stderr).with_target(false);
+    let lines = fmt::layer()
+        .with_writer(move || writer.clone())
+        .with_target(false)
+        // It would be said on stderr, which is what cannot be written to, and end the thread.
+        .log_internal_errors(false);
     match settings.format {
         LogFormat::Json => log.with(lines.json().flatten_event(true)).init(),
         LogFormat::Auto if !terminal => log.with(lines.json().flatten_event(true)).init(),
         LogFormat::Auto | LogFormat::Text => log.with(lines.with_ansi(terminal)).init(),
     }
-    handle
+    Ok((outlet, handle))
 }
 
-fn level_of(settings: Log) -> LevelFilter {
+fn level_of(settings: &Log) -> LevelFilter {
     match settings.level {
         LogLevel::Error => LevelFilter::ERROR,
         LogLevel::Warn => LevelFilter::WARN,

@@ -118,6 +118,11 @@ impl Relay {
 
     /// `failure` is how it broke off, where it did.
     fn end(&mut self, result: AttemptResult, outcome: Outcome, failure: Option<Failure>) {
+        if let Some(hiding) = &mut self.hiding {
+            hiding.ends();
+            // hyper takes them before it sees the end.
+            self.ledger.gave(hiding.passed.iter().map(Bytes::len).sum());
+        }
         self.ledger.attempt_ends(result);
         match failure {
             Some(failure) => self.ledger.close_with(outcome, failure),
@@ -126,9 +131,6 @@ impl Relay {
         self.source.opening.chunks.clear();
         self.source.rest = None;
         self.alarm = None;
-        if let Some(hiding) = &mut self.hiding {
-            hiding.ends();
-        }
     }
 
     /// Tells what the answer cost, and gives the permit back. Only the first call counts.
@@ -177,13 +179,16 @@ impl Relay {
             }
             None => Some(chunk),
         };
+        self.ledger.gave(passed.as_ref().map_or(0, Bytes::len));
         self.end_if_whole();
         passed.map_or(Next::Hidden, |passed| Next::Frame(Ok(Frame::data(passed))))
     }
 
     /// What of the answer is ready to be passed on without reading more.
     fn passed_already(&mut self) -> Option<Frame<Bytes>> {
-        self.hiding.as_mut().and_then(|hiding| hiding.passed.pop_front()).map(Frame::data)
+        let chunk = self.hiding.as_mut().and_then(|hiding| hiding.passed.pop_front())?;
+        self.ledger.gave(chunk.len());
+        Some(Frame::data(chunk))
     }
 
     /// The answer breaks off. A stream between two events can still say so; anything else is cut.
@@ -195,9 +200,10 @@ impl Relay {
         self.settle(false);
         // An event that was held back half is not passed on.
         self.hiding = None;
+        let event = says_so.then(|| envelope::event(self.endpoint, cause.code(), &why));
+        self.ledger.gave(event.as_ref().map_or(0, Bytes::len));
         self.end(result, Outcome::UpstreamError, Some(Failure::new(cause, why.as_str())));
-        if says_so {
-            let event = envelope::event(self.endpoint, cause.code(), &why);
+        if let Some(event) = event {
             return Ok(Frame::data(event));
         }
         Err(BrokenOff(why))

@@ -11,6 +11,7 @@ use std::time::SystemTime;
 
 use tokio::sync::{Mutex, oneshot};
 
+use crate::access_log;
 use crate::config::change::Change;
 use crate::config::{Complaints, Config};
 use crate::metrics::ReloadResult;
@@ -52,6 +53,8 @@ pub enum NotReloaded {
     Stopping,
     /// The file, and all that is wrong with it.
     Invalid(PathBuf, Complaints),
+    /// The new access log cannot be opened.
+    AccessLog(String),
     /// It is right, but cannot come into force while weir runs.
     CannotChange(CannotChange),
 }
@@ -117,7 +120,16 @@ impl Reloader {
         if self.stopping.load(Ordering::Acquire) {
             return Err(NotReloaded::Stopping);
         }
+        let target = config.log.access.clone();
+        let elsewhere = target != self.proxy.config().log.access;
+        // Opened first: where that fails, nothing has changed yet.
+        let sink = if elsewhere { access_log::open(&target) } else { Ok(None) };
+        let sink =
+            sink.map_err(|error| NotReloaded::AccessLog(format!("cannot write the access log to {target}: {error}")))?;
         let changes = self.proxy.reload(config).map_err(NotReloaded::CannotChange)?;
+        if elsewhere && let Err(error) = self.proxy.access_log().redirect(sink) {
+            tracing::error!(%error, "the access log goes on where it was");
+        }
         if let Some(on_applied) = &self.source.on_applied {
             on_applied(&self.proxy.config());
         }
@@ -174,6 +186,7 @@ impl fmt::Display for NotReloaded {
                 write!(f, "{} cannot be used, and nothing has changed:", file.display())?;
                 complaints.iter().try_for_each(|complaint| write!(f, "\n  {complaint}"))
             }
+            Self::AccessLog(why) => write!(f, "{why} (log.access). Nothing has changed"),
             Self::CannotChange(why) => write!(f, "{why}. Nothing has changed"),
         }
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use tokio::task::JoinSet;
 
+use crate::access_log::{self, AccessLog};
 use crate::admin::Admin;
 use crate::config::Config;
 use crate::proxy::Proxy;
@@ -34,7 +35,8 @@ impl Running {
     /// Binds every listener and begins to serve.
     ///
     /// # Errors
-    /// An address that can't be bound, or no certificate authority to trust the gateway by.
+    /// An address that can't be bound, no certificate authority to trust the gateway by, or an access log that can't be
+    /// written.
     pub fn start(config: Config) -> Result<Self, String> {
         Self::start_with(config, Source::default())
     }
@@ -44,6 +46,9 @@ impl Running {
     /// # Errors
     /// As there.
     pub fn start_with(config: Config, source: Source) -> Result<Self, String> {
+        let target = &config.log.access;
+        let no_log = |error| format!("cannot write the access log to {target} (log.access): {error}");
+        let access = access_log::open(target).map_err(no_log)?;
         let connector = connect::network(config.upstream.base_url.is_tls())?;
         let settings = config.server.clone();
         let bound = settings.listen.iter().map(|address| server::bind(*address, "server.listen"));
@@ -54,6 +59,7 @@ impl Running {
         let admin_address = address(&admin_listener)?;
 
         let proxy = Proxy::new(Arc::new(config), connector);
+        proxy.access_log().redirect(access).map_err(|error| format!("cannot start the access log: {error}"))?;
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let workers =
             Workers::start(cores, &proxy, &settings).map_err(|error| format!("cannot start a worker: {error}"))?;
@@ -85,6 +91,11 @@ impl Running {
     /// Why nothing has changed.
     pub async fn reload_file(&self) -> Result<Report, NotReloaded> {
         self.reloader.reload_file().await
+    }
+
+    /// Where a line for each finished request is written.
+    pub fn access_log(&self) -> &Arc<AccessLog> {
+        self.proxy.access_log()
     }
 
     /// Stops: no new connection, no new request, but what has begun or waits is served, for as long as `server.drain`.

@@ -62,8 +62,12 @@ impl Program {
     }
 
     fn terminate(&self) {
-        let sent = Command::new("kill").arg("-TERM").arg(self.child.id().to_string()).status();
-        assert!(sent.expect("there is a kill").success());
+        assert!(self.signal("-TERM"));
+    }
+
+    fn signal(&self, signal: &str) -> bool {
+        let sent = Command::new("kill").arg(signal).arg(self.child.id().to_string()).status();
+        sent.expect("there is a kill").success()
     }
 
     /// Waits until it has ended by itself.
@@ -242,6 +246,8 @@ fn beyond_max_connections_a_client_waits_until_another_leaves() {
     let mut second = begin();
     second.set_read_timeout(Some(Duration::from_millis(300))).expect("a timeout");
     second.read(&mut bytes).expect_err("nobody has accepted it");
+    let (_, metrics) = get(weir.admin, "/metrics");
+    assert!(metrics.contains("weir_guards_total{guard=\"max_connections\"} 1\n"), "{metrics}");
     drop(first);
     second.set_read_timeout(Some(Duration::from_secs(30))).expect("a timeout");
     assert!(second.read(&mut bytes).expect("answered") > 0);
@@ -254,6 +260,160 @@ fn the_log_is_text_where_it_is_asked_for() {
     let program = Program::start(weir().arg("serve").arg("--config").arg(&file));
     let line = program.says("listening");
     assert!(line.contains("INFO listening address=127.0.0.1:") && !line.starts_with('{'), "{line}");
+}
+
+// The access log.
+
+/// The whole lines of an access log's file; none where there is no such file yet.
+fn lines_of(file: &std::path::Path) -> Vec<serde_json::Value> {
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);
+    whole.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect()
+}
+
+#[test]
+fn a_file_that_is_renamed_is_opened_anew_on_sighup_and_no_line_is_lost() {
+    let gateway = Gateway::start(&["--first-token", "1ms", "--per-token", "1ms"]);
+    let file = config_file("");
+    let mut weir = Weir::start(&gateway, &format!("[log]\naccess = {file:?}\n"));
+    let mut rotated = Vec::new();
+    for turn in 0..3 {
+        for _ in 0..4 {
+            assert_eq!(get(weir.address, "/v1/models").0, 200);
+        }
+        // What is still on its way to the file when it is renamed goes to the new one.
+        let (deadline, all) = (Instant::now() + DEADLINE, if turn == 0 { 4 } else { 5 });
+        while lines_of(&file).len() < all {
+            assert!(Instant::now() < deadline, "the lines are not written");
+            std::thread::yield_now();
+        }
+        let old = file.with_extension(turn.to_string());
+        std::fs::rename(&file, &old).expect("a file");
+        let renamed = weir.program.signal("-HUP");
+        assert!(renamed && weir.program.says("opened anew").contains("INFO"));
+        // What ends from now on is in the new file.
+        assert_eq!(chat(weir.address, CHAT).status, 200);
+        assert_eq!(lines_of(&old).len(), all);
+        rotated.push(old);
+    }
+    weir.program.terminate();
+    assert_eq!(weir.program.ends().code(), Some(0));
+    let last = lines_of(&file);
+    assert_eq!((last.len(), last[0]["path"].as_str()), (1, Some("/v1/chat/completions")));
+    let all: Vec<_> = rotated.iter().flat_map(|file| lines_of(file)).chain(last).collect();
+    assert_eq!(all.len(), 15);
+    let ids: std::collections::BTreeSet<_> = all.iter().map(|line| line["request_id"].to_string()).collect();
+    assert_eq!(ids.len(), 15, "each once");
+}
+
+#[test]
+fn without_a_choice_it_goes_to_stderr_in_whole_lines_beside_weirs_own_log() {
+    let gateway = Gateway::start(&["--first-token", "1ms", "--per-token", "1ms"]);
+    let weir = Weir::start(&gateway, "[log]\nlevel = \"debug\"\n");
+    let clients: Vec<_> = (0..4)
+        .map(|_| {
+            let address = weir.address;
+            std::thread::spawn(move || {
+                (0..10).for_each(|_| assert_eq!(get(address, "/v1/models?text=not-to-be-logged").0, 200));
+                (0..10).for_each(|_| assert_eq!(get(address, "/not-under-v1").0, 404));
+            })
+        })
+        .collect();
+    clients.into_iter().for_each(|client| client.join().expect("answered"));
+    let mut seen = 0;
+    while seen < 80 {
+        let line = weir.program.says("{");
+        assert!(!line.contains("not-to-be-logged"), "{line}");
+        let value: serde_json::Value = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{error}: {line}"));
+        // weir's own lines have a level.
+        assert!(value["outcome"].is_string() != value["level"].is_string(), "{line}");
+        seen += usize::from(value["outcome"].is_string());
+    }
+}
+
+#[test]
+fn an_access_log_that_cannot_be_opened_is_said_at_the_start() {
+    let file = config_file("");
+    let access = file.join("access.log");
+    let config = config_file(&format!(
+        "[server]\nlisten = \"127.0.0.1:0\"\nadmin_listen = \"127.0.0.1:0\"\n[log]\naccess = {access:?}\n"
+    ));
+    let (code, _, stderr) = run(weir().arg("--config").arg(&config));
+    assert_eq!(code, Some(1), "{stderr}");
+    assert!(stderr.contains("log.access") && stderr.contains(access.to_str().expect("text")), "{stderr}");
+}
+
+/// A weir whose stderr nobody reads behind the line that says where it listens.
+struct Unread {
+    child: Child,
+    stderr: Option<BufReader<std::process::ChildStderr>>,
+    address: SocketAddr,
+    admin: SocketAddr,
+}
+
+impl Unread {
+    fn start(gateway: &Gateway) -> Self {
+        let config = config_file(&format!(
+            "[server]\nlisten = \"127.0.0.1:0\"\nadmin_listen = \"127.0.0.1:0\"\n[upstream]\n\
+             base_url = \"http://{}/v1\"\n[log]\nlevel = \"debug\"\n",
+            gateway.address
+        ));
+        let mut child =
+            weir().arg("--config").arg(config).stderr(Stdio::piped()).spawn().expect("the binary was built");
+        let mut stderr = BufReader::new(child.stderr.take().expect("piped"));
+        let mut line = String::new();
+        while !line.contains("\"listening\"") {
+            line.clear();
+            assert!(stderr.read_line(&mut line).expect("text") > 0, "it has ended");
+        }
+        let line: serde_json::Value = serde_json::from_str(&line).expect("a JSON line");
+        let address = |name: &str| line[name].as_str().and_then(|text| text.parse().ok()).expect("an address");
+        Self { address: address("address"), admin: address("admin"), stderr: Some(stderr), child }
+    }
+
+    /// Both logs have something to say: each request has a line, and each connection that breaks off a debug line.
+    fn serves(&self, requests: usize) {
+        for _ in 0..requests {
+            assert_eq!(get(self.address, "/not-under-v1").0, 404);
+            TcpStream::connect(self.address)
+                .and_then(|mut odd| odd.write_all(b"nonsense\r\n\r\n"))
+                .expect("it accepts");
+        }
+        assert_eq!(chat(self.address, CHAT).status, 200);
+        assert_eq!(get(self.admin, "/livez").0, 200);
+    }
+
+    fn ends(&mut self) -> Option<i32> {
+        let sent = Command::new("kill").arg("-TERM").arg(self.child.id().to_string()).status();
+        assert!(sent.expect("there is a kill").success());
+        self.child.wait().expect("it is our child").code()
+    }
+}
+
+impl Drop for Unread {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn a_reader_of_stderr_that_stops_reading_holds_nobody_up() {
+    let gateway = Gateway::start(&["--first-token", "1ms", "--per-token", "1ms"]);
+    let mut weir = Unread::start(&gateway);
+    // A pipe takes 64 KiB.
+    weir.serves(400);
+    assert_eq!(weir.ends(), Some(0), "it does not wait for the reader for ever");
+}
+
+#[test]
+fn a_reader_of_stderr_that_goes_away_takes_nobody_with_it() {
+    let gateway = Gateway::start(&["--first-token", "1ms", "--per-token", "1ms"]);
+    let mut weir = Unread::start(&gateway);
+    drop(weir.stderr.take());
+    weir.serves(50);
+    assert_eq!(weir.ends(), Some(0));
 }
 
 // Signals.

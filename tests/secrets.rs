@@ -1,4 +1,5 @@
-//! No key is in anything that the program says: not in its log, its metrics, its answers or its complaints.
+//! No key is in anything that the program says: not in its logs, its metrics, its answers or its complaints; and no prompt or
+//! completion in what it keeps or tells of requests.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -19,8 +20,11 @@ const OTHER: &str = "sk-ot-Qx7vOtherZ9-end";
 const STRANGER: &str = "sk-st-Qx7vStrangerZ9-end";
 const MIDDLE: &str = "Qx7v";
 
-const CHAT: &str = r#"{"model":"gpt-4.1-mini","messages":[]}"#;
-const STREAM: &str = r#"{"model":"gpt-4.1-mini","stream":true,"messages":[]}"#;
+/// What prompts, and completions and errors of the gateway's, have in them.
+const SAID: &str = "zPq9Said";
+
+const CHAT: &str = r#"{"model":"gpt-4.1-mini","messages":[{"role":"user","content":"zPq9Said"}]}"#;
+const STREAM: &str = r#"{"model":"gpt-4.1-mini","stream":true,"messages":[{"role":"user","content":"zPq9Said"}]}"#;
 
 /// How a configuration has its keys.
 #[derive(Debug, Clone, Copy)]
@@ -142,7 +146,11 @@ fn gateway() -> (SocketAddr, Arc<Mutex<String>>) {
                 let mut request = [0; 8192];
                 let read = stream.read(&mut request).unwrap_or(0);
                 let head = String::from_utf8_lossy(&request[..read]).into_owned();
-                let json = "content-type: application/json\r\nconnection: close\r\ncontent-length: 2\r\n\r\n{}";
+                let body = r#"{"choices":[{"message":{"content":"zPq9Said"}}],"error":{"message":"zPq9Said","code":"zPq9Said"}}"#;
+                let length = body.len();
+                let json = format!(
+                    "content-type: application/json\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
+                );
                 let answer = match head.split([' ', '?']).nth(2).unwrap_or_default() {
                     "garbage" => "SSH-2.0-not-http\r\n".to_owned(),
                     "close" => String::new(),
@@ -150,7 +158,7 @@ fn gateway() -> (SocketAddr, Arc<Mutex<String>>) {
                     "busy" => format!("HTTP/1.1 429 Busy\r\nretry-after: 9999\r\n{json}"),
                     "denies" => format!("HTTP/1.1 401 Unauthorized\r\n{json}"),
                     "cut" => "HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{".to_owned(),
-                    "stream" => "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\ndata: {\"choices\":[{\"delta\":{\"content\":\"a\"}}]}\n\n".to_owned(),
+                    "stream" => "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\ndata: {\"choices\":[{\"delta\":{\"content\":\"zPq9Said\"}}]}\n\n".to_owned(),
                     _ => format!("HTTP/1.1 200 OK\r\n{json}"),
                 };
                 seen.lock().expect("no test panics here").push_str(&head);
@@ -211,6 +219,13 @@ fn requests() -> Vec<String> {
     requests
 }
 
+/// Neither a key nor what was said to the gateway or by it.
+#[track_caller]
+fn assert_nothing_private(what: &str, text: &str) {
+    assert_no_key(what, text);
+    assert!(!text.contains(SAID), "{what} shows what was said");
+}
+
 #[track_caller]
 fn assert_no_key(what: &str, text: &str) {
     let at = text.find(MIDDLE).map(|at| text[at.saturating_sub(200)..].chars().take(400).collect::<String>());
@@ -229,20 +244,24 @@ fn no_key_is_in_the_log_the_metrics_or_an_answer() {
             assert_no_key(&format!("the answer to\n{request:.300}\n"), &answer);
             statuses.extend(answer.split(' ').nth(1).map(str::to_owned));
         }
-        for path in ["/metrics", "/livez", "/readyz", "/status", &format!("/{CLIENT}")] {
+        for path in ["/metrics", "/livez", "/readyz", "/status", "/status.json", &format!("/{CLIENT}")] {
             let answer = exchange(
                 admin,
                 &format!("GET {path} HTTP/1.1\r\nhost: a\r\nauthorization: {CLIENT}\r\nconnection: close\r\n\r\n"),
             );
-            assert_no_key(path, &answer);
+            assert_nothing_private(path, &answer);
             assert!(path != "/metrics" || answer.contains("client=\"a\""), "{answer}");
         }
         let said = weir.end();
         assert!(said.contains("DEBUG"), "it says all that it can:\n{said}");
-        assert_no_key("the log", &said);
+        // The access log is among it.
+        for outcome in ["ok", "client_error", "upstream_error", "refused", "failed"] {
+            assert!(said.contains(&format!("\"outcome\":\"{outcome}\"")), "no request was {outcome}:\n{said}");
+        }
+        assert_nothing_private("the log", &said);
     }
     let heads = heads.lock().expect("no test panics here");
-    assert!(heads.contains(&format!("Bearer {UPSTREAM}")), "the key was in use");
+    assert!(heads.contains(&format!("Bearer {UPSTREAM}")) && heads.contains(SAID), "key and prompt were in use");
     for status in ["200", "400", "401", "404", "429", "431", "500", "502"] {
         assert!(statuses.contains(status), "nothing was answered with {status}: {statuses:?}");
     }

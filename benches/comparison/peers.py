@@ -29,6 +29,7 @@ max_wait = "10min"
 [retry]
 max_retries = 3
 [log]
+access = "$access"
 level = "warn"
 [models."*"]
 {NONE_REACHED}
@@ -121,11 +122,14 @@ def pass_through(load, *options):
     return command
 
 
-def weir(binary):
+def weir(binary, access="off"):
+    """Its access log is off, as the others' are, unless a file is given, or the word for stderr."""
+
     def command(place):
         scene = place.scene
         text = WEIR_CONFIG + tables("models", "model", scene.models) + tables("clients", "client", scene.clients)
-        config = write(place, "weir.toml", text, admin=place.admin, connections=scene.connections)
+        options = {"admin": place.admin, "connections": scene.connections, "access": access}
+        config = write(place, "weir.toml", text, **options)
         return [binary, "serve", "--config", config]
 
     return command

@@ -71,7 +71,7 @@ impl Admin {
 
     async fn serve_connection(self: Arc<Self>, stream: TcpStream) {
         let activity = Arc::new(Activity::default());
-        let io = TokioIo::new(Edge::new(stream, activity.clone(), LIMITS));
+        let io = TokioIo::new(Edge::new(stream, activity.clone(), LIMITS, None));
         let service = service_fn(|request: Request<Incoming>| {
             let (active, admin) = (activity.begin(false), self.clone());
             async move {
@@ -112,7 +112,7 @@ impl Admin {
             Ok(report) => text(StatusCode::OK, report.to_string()),
             Err(refused) => {
                 let status = match refused {
-                    NotReloaded::Invalid(..) => StatusCode::UNPROCESSABLE_ENTITY,
+                    NotReloaded::Invalid(..) | NotReloaded::AccessLog(_) => StatusCode::UNPROCESSABLE_ENTITY,
                     NotReloaded::NoFile | NotReloaded::CannotChange(_) => StatusCode::CONFLICT,
                     NotReloaded::Stopping => StatusCode::SERVICE_UNAVAILABLE,
                 };

@@ -92,7 +92,7 @@ mod tests {
     use super::*;
 
     /// Options that can change while weir runs.
-    const LIVE: [&str; 38] = [
+    const LIVE: [&str; 39] = [
         "breaker.give_up",
         "clients.NAME.concurrency",
         "clients.NAME.key",
@@ -106,6 +106,7 @@ mod tests {
         "limits.replicas",
         "limits.requests",
         "limits.tokens",
+        "log.access",
         "log.level",
         "models.NAME.concurrency",
         "models.NAME.mode",

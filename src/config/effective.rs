@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::units::{format_duration, format_size};
-use super::{Concurrency, Config, LimitTable, LogFormat, LogLevel, Mode, Rate};
+use super::{AccessTarget, Concurrency, Config, LimitTable, LogFormat, LogLevel, Mode, Rate};
 
 impl fmt::Display for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -67,7 +67,8 @@ impl Config {
         writeln!(f, "response = \"{}\"", format_duration(timeouts.response))?;
         writeln!(f, "idle = \"{}\"", format_duration(timeouts.idle))?;
         writeln!(f, "deadline = \"{}\"", format_duration(timeouts.deadline))?;
-        writeln!(f, "\n[log]\nformat = \"{}\"\nlevel = \"{}\"", self.log.format, self.log.level)
+        writeln!(f, "\n[log]\naccess = {}", quoted(&self.log.access))?;
+        writeln!(f, "format = \"{}\"\nlevel = \"{}\"", self.log.format, self.log.level)
     }
 
     fn write_models(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -124,6 +125,16 @@ impl fmt::Display for Mode {
             Self::Enforce => "enforce",
             Self::Observe => "observe",
         })
+    }
+}
+
+impl fmt::Display for AccessTarget {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => f.write_str("off"),
+            Self::Stderr => f.write_str("stderr"),
+            Self::File(path) => path.display().fmt(f),
+        }
     }
 }
 

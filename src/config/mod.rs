@@ -14,7 +14,7 @@ mod upstream_url;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use reader::{Document, FromToml, Section};
@@ -149,11 +149,20 @@ pub struct Timeouts {
     pub deadline: Duration,
 }
 
-/// `[log]`: what is told on stderr.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// `[log]`: what is told, and where.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Log {
+    pub access: AccessTarget,
     pub format: LogFormat,
     pub level: LogLevel,
+}
+
+/// `log.access`: where a line for each finished request goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum AccessTarget {
+    Off,
+    Stderr,
+    File(PathBuf),
 }
 
 /// `log.format`.
@@ -400,8 +409,11 @@ impl Timeouts {
 
 impl Log {
     fn read(section: &Section<'_>) -> Self {
-        section.not_yet("access", "finished requests are counted in the metrics; leave it out");
-        Self { format: section.get_or("format", LogFormat::Auto), level: section.get_or("level", LogLevel::Info) }
+        Self {
+            access: section.get_or("access", AccessTarget::Stderr),
+            format: section.get_or("format", LogFormat::Auto),
+            level: section.get_or("level", LogLevel::Info),
+        }
     }
 }
 
@@ -523,6 +535,20 @@ impl FromToml for Mode {
             Some("enforce") => Ok(Self::Enforce),
             Some("observe") => Ok(Self::Observe),
             _ => Err("write \"enforce\", or \"observe\" to count what would be refused and refuse nothing".to_owned()),
+        }
+    }
+}
+
+impl FromToml for AccessTarget {
+    /// `"stderr"`, `"off"` or a path, which has a `/` or a `.` in it, so that no misspelled word makes a file.
+    fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
+        match value.as_str() {
+            Some("off") => Ok(Self::Off),
+            Some("stderr") => Ok(Self::Stderr),
+            Some(path) if path.contains(['/', '.']) && !path.ends_with('/') && !path.contains('\0') => {
+                Ok(Self::File(path.into()))
+            }
+            _ => Err("write \"stderr\", \"off\", or a file's path, as in \"/var/log/weir/access.log\"".to_owned()),
         }
     }
 }

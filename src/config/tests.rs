@@ -158,11 +158,26 @@ bugdet = 0.2
 
 #[test]
 fn a_key_without_effect_yet_is_said_to_be_one() {
-    for source in ["[log]\naccess = \"stderr\"", "[server]\ntls = { cert = \"a\", key = \"b\" }"] {
+    for source in ["[server]\nlame_duck = \"5s\"", "[server]\ntls = { cert = \"a\", key = \"b\" }"] {
         let found = complaints(source);
         assert!(found.len() == 1 && found[0].contains("no effect in this version"), "{found:?}");
     }
     assert!(complaints("[server]\nlisten = \"unix:/run/weir.sock\"")[0].contains("no effect in this version"));
+}
+
+#[test]
+fn the_access_log_goes_to_stderr_a_file_or_nowhere_and_no_misspelled_word_makes_a_file() {
+    let target = |text: &str| parse(&format!("[log]\naccess = {text:?}")).map(|config| config.log.access);
+    assert_eq!(target("stderr"), Ok(AccessTarget::Stderr));
+    assert_eq!(target("off"), Ok(AccessTarget::Off));
+    for path in ["/var/log/weir.log", "access.log", "./log", "/dev/stdout"] {
+        assert_eq!(target(path), Ok(AccessTarget::File(path.into())));
+    }
+    for wrong in ["", "of", "stdout", "stderr ", "/var/log/"] {
+        let found = complaints(&format!("[log]\naccess = {wrong:?}"));
+        assert!(found.len() == 1 && found[0].contains("log.access") && found[0].contains("file's path"), "{found:?}");
+    }
+    assert!(complaints("[log]\naccess = false")[0].contains("\"off\""));
 }
 
 #[test]

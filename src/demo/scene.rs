@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
-use crate::config::{Config, Rate};
+use crate::config::{AccessTarget, Config, Rate};
 use crate::run::Running;
 use crate::simulator::{Fault, Settings, Simulator};
 
@@ -128,7 +128,9 @@ impl Stage {
 fn start_weir(scene: &Scene, gateway: SocketAddr) -> Result<Running, String> {
     let start = |ports: &(u16, u16)| {
         let config = scene.config(gateway, loopback(ports.0), loopback(ports.1));
-        let config = Config::parse(&config, &|_| None).map_err(|complaints| complaints.to_string())?;
+        let mut config = Config::parse(&config, &|_| None).map_err(|complaints| complaints.to_string())?;
+        // The terminal is for what the demo tells.
+        config.log.access = AccessTarget::Off;
         Running::start(config)
     };
     let none = Err("the demo has no ports to choose from".to_owned());

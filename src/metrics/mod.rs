@@ -117,11 +117,11 @@ vocabulary! {
 vocabulary! {
     /// A bound of the configuration's `[server]` that has bitten.
     Guard {
-        /// So many clients were connected that a further one had to wait.
+        /// So many clients were connected that a further one has to wait.
         MaxConnections = "max_connections",
         /// A head, or the first byte of a connection, took too long.
         HeaderTimeout = "header_timeout",
-        /// A request's body stopped coming.
+        /// A request's body stopped coming, or was not whole in time.
         BodyTimeout = "body_timeout",
         /// A client stopped reading its answer.
         WriteTimeout = "write_timeout",
@@ -129,6 +129,18 @@ vocabulary! {
         MaxBody = "max_body",
         /// A request's head was too long.
         MaxHead = "max_head",
+    }
+}
+
+impl Guard {
+    /// The bound that has bitten where weir answers with this cause; `None` where it was none.
+    pub fn of(cause: Cause) -> Option<Self> {
+        match cause {
+            Cause::RequestTimeout => Some(Self::BodyTimeout),
+            Cause::RequestTooLarge => Some(Self::MaxBody),
+            Cause::HeadersTooLarge => Some(Self::MaxHead),
+            _ => None,
+        }
     }
 }
 

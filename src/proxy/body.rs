@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -46,11 +46,16 @@ pub enum Read {
     Longer(Bytes),
 }
 
-/// Reads a body into memory, as far as `limits.max` bytes, which are taken from `held`.
+/// Reads a body into memory, as far as `limits.max` bytes, which are taken from `held`, and says how many it has `received`.
 ///
 /// # Errors
 /// It came too slowly, broke off, or there is no memory for it.
-pub async fn read(body: &mut Incoming, limits: ReadLimits, held: &mut HeldBytes) -> Result<Read, Failure> {
+pub async fn read(
+    body: &mut Incoming,
+    limits: ReadLimits,
+    held: &mut HeldBytes,
+    received: &mut usize,
+) -> Result<Read, Failure> {
     let declared = body.size_hint().exact();
     let mut bytes = Vec::with_capacity(declared.unwrap_or(0).min(limits.max).min(MAX_TRUSTED_LENGTH) as usize);
     if declared.is_some_and(|declared| declared > limits.max) {
@@ -63,6 +68,7 @@ pub async fn read(body: &mut Incoming, limits: ReadLimits, held: &mut HeldBytes)
         let frame =
             frame.map_err(|error| Failure::new(Cause::BadRequest, format!("the request's body broke off: {error}")))?;
         let Ok(data) = frame.into_data() else { continue };
+        *received += data.len();
         held.grow(data.len()).map_err(no_memory)?;
         bytes.extend_from_slice(&data);
         if bytes.len() as u64 > limits.max {
@@ -125,6 +131,8 @@ pub struct Upload {
     timeout: Duration,
     alarm: Option<Pin<Box<Sleep>>>,
     watch: Arc<UploadWatch>,
+    /// Bytes that have come.
+    received: Arc<AtomicU64>,
 }
 
 /// What an [`Upload`] lets others see of it.
@@ -149,7 +157,12 @@ impl UploadWatch {
 impl Upload {
     /// Passes `body` on, with a limit on the time between two reads.
     pub fn new(body: Incoming, timeout: Duration, watch: Arc<UploadWatch>) -> Self {
-        Self { body, timeout, alarm: None, watch }
+        Self { body, timeout, alarm: None, watch, received: Arc::default() }
+    }
+
+    /// Where the bytes that have come are counted.
+    pub fn counter(&self) -> Arc<AtomicU64> {
+        self.received.clone()
     }
 
     fn failed(&self, failure: Failure) -> BodyFault {
@@ -168,6 +181,9 @@ impl Body for Upload {
         if let Poll::Ready(frame) = Pin::new(&mut self.body).poll_frame(cx) {
             self.alarm = None;
             self.watch.waiting.store(false, Ordering::Relaxed);
+            if let Some(Ok(frame)) = &frame {
+                self.received.fetch_add(frame.data_ref().map_or(0, Bytes::len) as u64, Ordering::Relaxed);
+            }
             let broken =
                 |error| self.failed(Failure::new(Cause::BadRequest, format!("the request's body broke off: {error}")));
             return Poll::Ready(frame.map(|frame| frame.map_err(broken)));

@@ -97,6 +97,7 @@ impl Proxy {
         };
         let model = self.model(endpoint, peek.model.as_deref());
         ledger.set_model(model);
+        ledger.asks(peek.stream, peek.model.as_deref());
         let (by_client, patience) = (headers::client_retries(&head.headers), headers::client_patience(&head.headers));
         let Settings { host, key, .. } = settings;
         fields::to_upstream(&mut head, host, &self.shared.via, key.as_ref(), endpoint.is_some());
@@ -205,7 +206,10 @@ async fn read_body(
     };
     let begun_reading = Instant::now();
     let incoming = body.as_mut().expect("a body is read once");
-    let read = body::read(incoming, limits, held).await?;
+    let mut received = 0;
+    let read = body::read(incoming, limits, held, &mut received).await;
+    ledger.received(received);
+    let read = read?;
     ledger.spent_elsewhere(begun_reading.elapsed());
     match read {
         Read::Whole(bytes) => Ok(CallBody::Whole(bytes)),
@@ -214,6 +218,7 @@ async fn read_body(
             let watch = Arc::<UploadWatch>::default();
             let rest = body.take().expect("a body is read once");
             let upload = Upload::new(rest, config.server.body_timeout, watch.clone());
+            ledger.streams_in(upload.counter());
             Ok(CallBody::Upload(Some(Streamed::new(begun, upload)), watch))
         }
     }

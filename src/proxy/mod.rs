@@ -28,12 +28,13 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
+use crate::access_log::AccessLog;
 use crate::admission::{Applicant, ByteBudget, Gate, Permit, Standing};
 use crate::config::Config;
 use crate::config::change::Change;
 use crate::error::{Cause, Failure};
 use crate::ledger::{Books, Ledger};
-use crate::metrics::{AttemptResult, Gauges, Metrics, Outcome, RefusedBy};
+use crate::metrics::{AttemptResult, Gauges, Guard, Metrics, Outcome, RefusedBy};
 use crate::models::{ModelId, Models};
 use crate::openai::call::Endpoint;
 use crate::openai::headers;
@@ -134,7 +135,10 @@ impl Proxy {
         let settings = Settings::new(config);
         let Settings { config, clients, .. } = &settings;
         let shared = Shared {
-            books: Arc::new(Books::new(Arc::new(Metrics::new(models.clone(), clients.names())))),
+            books: Arc::new(Books::new(
+                Metrics::new(models.clone(), clients.names()),
+                config.upstream.base_url.authority().as_str(),
+            )),
             gate: Gate::open(config, models.clone(), clients),
             memory: ByteBudget::new(config.queue.max_bytes),
             usage_option: UsageOption::default(),
@@ -197,8 +201,13 @@ impl Proxy {
     }
 
     /// What was counted.
-    pub fn metrics(&self) -> &Metrics {
+    pub fn metrics(&self) -> &Arc<Metrics> {
         &self.shared.books.metrics
+    }
+
+    /// Where a line for each finished request is written; at first it is off.
+    pub fn access_log(&self) -> &Arc<AccessLog> {
+        &self.shared.books.access_log
     }
 
     /// The last requests that were refused, failed or answered with an error, the newest first.
@@ -228,6 +237,7 @@ impl Proxy {
         let mut ledger = Ledger::open(self.shared.books.clone(), Instant::now());
         let settings = self.shared.settings();
         let (head, body) = request.into_parts();
+        ledger.begins(&head);
         let (version, mut asked) = (head.version, Asked { body: Some(body), applicant: None });
         // A copy: what shares hyper's read buffer keeps it from being used again.
         let request_id =
@@ -364,9 +374,10 @@ impl Proxy {
 
     /// Waits for a permit. Dropped while it waits, the place in the queue is given up.
     async fn admit(&self, applicant: &Applicant, ledger: &mut Ledger) -> Result<Permit, Failure> {
-        let (begun, again) = (Instant::now(), ledger.attempts() > 0);
+        let again = ledger.attempts() > 0;
+        ledger.waits();
         let admitted = self.shared.gate.admit(applicant, again).await;
-        ledger.waited(begun.elapsed());
+        ledger.waited();
         let permit = admitted?;
         if !again {
             permit.would_refuse().iter().filter_map(|cause| RefusedBy::of(*cause)).for_each(|by| ledger.observed(by));
@@ -449,7 +460,10 @@ impl Proxy {
                 Outcome::Failed
             }
         };
-        let mut response = failure.response(endpoint).map(|body| ResponseBody::Own(Some(body)));
+        Guard::of(failure.cause).into_iter().for_each(|guard| self.metrics().guard(guard));
+        let response = failure.response(endpoint);
+        ledger.gave(response.body().len());
+        let mut response = response.map(|body| ResponseBody::Own(Some(body)));
         add_own_fields(response.headers_mut(), &ledger, Instant::now());
         if outcome == Outcome::Failed && config.retry.max_retries == 0 {
             // Retrying is left to the client.

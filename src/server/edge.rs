@@ -9,7 +9,7 @@ use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use http::StatusCode;
@@ -17,6 +17,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep};
 
 use crate::error::{Cause, Failure};
+use crate::metrics::{Guard, Metrics};
 
 /// How slow a client may be.
 #[derive(Debug, Clone, Copy)]
@@ -28,6 +29,8 @@ pub struct EdgeLimits {
     /// Without reading.
     pub write: Duration,
 }
+
+const TARGET_TOO_LONG: &str = "the request's target is too long";
 
 /// What a client begins an HTTP/2 connection with (RFC 9113, 3.4).
 const HTTP2_PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -101,11 +104,15 @@ pub struct Edge<I> {
     head_since: (u64, Instant),
     read_alarm: Alarm,
     write_alarm: Alarm,
+    /// Where a limit that bites is counted: those of clients are, an operator's are not.
+    metrics: Option<Arc<Metrics>>,
+    /// A limit has ended it, and that was counted.
+    cut: bool,
 }
 
 impl<I> Edge<I> {
     /// Wraps a new connection.
-    pub fn new(io: I, activity: Arc<Activity>, limits: EdgeLimits) -> Self {
+    pub fn new(io: I, activity: Arc<Activity>, limits: EdgeLimits, metrics: Option<Arc<Metrics>>) -> Self {
         Self {
             io,
             beginning: Vec::new(),
@@ -115,6 +122,8 @@ impl<I> Edge<I> {
             head_since: (0, Instant::now()),
             read_alarm: Alarm::default(),
             write_alarm: Alarm::default(),
+            metrics,
+            cut: false,
         }
     }
 
@@ -141,13 +150,34 @@ impl<I> Edge<I> {
         Ok(protocol)
     }
 
-    /// By when something has to be read; `None` while a request is being served.
-    fn read_deadline(&self) -> Option<Instant> {
+    /// By when something has to be read, and what bites then, if it is more than the end of an idle connection; `None` while
+    /// a request is being served.
+    fn read_deadline(&self) -> Option<(Instant, Option<Guard>)> {
         match self.activity.begun_and_active() {
-            (begun, 0) if begun == self.head_since.0 => Some(self.head_since.1 + self.limits.header),
-            (_, 0) => Some(self.activity.idle_since() + self.limits.keep_alive),
+            (begun, 0) if begun == self.head_since.0 => {
+                Some((self.head_since.1 + self.limits.header, Some(Guard::HeaderTimeout)))
+            }
+            (_, 0) => Some((self.activity.idle_since() + self.limits.keep_alive, None)),
             _ => None,
         }
+    }
+
+    /// A limit ends the connection. It is counted once, however often hyper asks.
+    fn bites(&mut self, guard: Guard) {
+        if !std::mem::replace(&mut self.cut, true) {
+            self.count(guard);
+        }
+    }
+
+    fn count(&self, guard: Guard) {
+        self.metrics.iter().for_each(|metrics| metrics.guard(guard));
+    }
+
+    /// A write is pending; this fails when it has been for too long.
+    fn poll_unread<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
+        let error = ready!(self.write_alarm.poll_after(self.limits.write, cx));
+        self.bites(Guard::WriteTimeout);
+        Poll::Ready(Err(error))
     }
 
     /// Notes the first byte of a head.
@@ -169,7 +199,7 @@ impl<I> Edge<I> {
 
     /// hyper answers what it can't parse with a bare status, before any request of ours: those bytes are replaced by an
     /// answer that says what is wrong.
-    fn own_words(&self, bytes: &[u8]) -> Option<Vec<u8>> {
+    fn own_words(&self, bytes: &[u8]) -> Option<Failure> {
         let status = bytes.strip_prefix(b"HTTP/1.1 ")?.get(..3)?;
         // What came from the proxy may be written after its request has ended: a head has more fields than hyper's own, and
         // the end of a body does not look like one.
@@ -181,13 +211,13 @@ impl<I> Edge<I> {
                 Cause::BadRequest,
                 "this is not an HTTP request that weir can read: its first line, a header or its framing is malformed",
             ),
-            b"414" => Failure::new(Cause::BadRequest, "the request's target is too long"),
+            b"414" => Failure::new(Cause::BadRequest, TARGET_TOO_LONG),
             b"431" => {
                 Failure::new(Cause::HeadersTooLarge, "the request's head is too long, or has more than 100 fields")
             }
             _ => return None,
         };
-        Some(serialize(&failure))
+        Some(failure)
     }
 }
 
@@ -236,7 +266,11 @@ impl<I: AsyncRead + Unpin> AsyncRead for Edge<I> {
             return Poll::Ready(Ok(()));
         }
         match edge.read_deadline() {
-            Some(deadline) => edge.read_alarm.poll(deadline, cx, "the client sent nothing for too long"),
+            Some((deadline, guard)) => {
+                let error = ready!(edge.read_alarm.poll(deadline, cx, "the client sent nothing for too long"));
+                guard.into_iter().for_each(|guard| edge.bites(guard));
+                Poll::Ready(Err(error))
+            }
             None => {
                 // hyper, which waits for a hang-up meanwhile, does not ask again when the request has ended.
                 edge.read_alarm.look_again(edge.limits.keep_alive, cx);
@@ -250,12 +284,17 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Edge<I> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let edge = self.get_mut();
         let own = edge.own_words(bytes);
-        if let Poll::Ready(written) = Pin::new(&mut edge.io).poll_write(cx, own.as_deref().unwrap_or(bytes)) {
+        let own_bytes = own.as_ref().map(serialize);
+        if let Poll::Ready(written) = Pin::new(&mut edge.io).poll_write(cx, own_bytes.as_deref().unwrap_or(bytes)) {
             edge.write_alarm.disarm();
+            let Some(failure) = own else { return Poll::Ready(written) };
+            let guard =
+                if failure.message == TARGET_TOO_LONG { Some(Guard::MaxHead) } else { Guard::of(failure.cause) };
+            guard.into_iter().for_each(|guard| edge.count(guard));
             // Own words are short: they fit the socket's buffer, or the client gets what fits.
-            return Poll::Ready(written.map(|written| if own.is_some() { bytes.len() } else { written }));
+            return Poll::Ready(written.map(|_| bytes.len()));
         }
-        edge.write_alarm.poll_after(edge.limits.write, cx).map(|late| late.map(|()| 0))
+        edge.poll_unread(cx)
     }
 
     fn poll_write_vectored(
@@ -273,7 +312,7 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Edge<I> {
             edge.write_alarm.disarm();
             return Poll::Ready(written);
         }
-        edge.write_alarm.poll_after(edge.limits.write, cx).map(|late| late.map(|()| 0))
+        edge.poll_unread(cx)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -286,7 +325,7 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Edge<I> {
             edge.write_alarm.disarm();
             return Poll::Ready(flushed);
         }
-        edge.write_alarm.poll_after(edge.limits.write, cx)
+        edge.poll_unread(cx)
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -294,7 +333,7 @@ impl<I: AsyncWrite + Unpin> AsyncWrite for Edge<I> {
         if let Poll::Ready(shut) = Pin::new(&mut edge.io).poll_shutdown(cx) {
             return Poll::Ready(shut);
         }
-        edge.write_alarm.poll_after(edge.limits.write, cx)
+        edge.poll_unread(cx)
     }
 }
 
@@ -306,13 +345,13 @@ struct Alarm {
 }
 
 impl Alarm {
-    /// Fails when the deadline has come.
-    fn poll(&mut self, deadline: Instant, cx: &mut Context<'_>, what: &'static str) -> Poll<io::Result<()>> {
+    /// Ready with an error when the deadline has come.
+    fn poll(&mut self, deadline: Instant, cx: &mut Context<'_>, what: &'static str) -> Poll<io::Error> {
         let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
         if sleep.deadline() != deadline {
             sleep.as_mut().reset(deadline);
         }
-        sleep.as_mut().poll(cx).map(|()| Err(io::Error::new(io::ErrorKind::TimedOut, what)))
+        sleep.as_mut().poll(cx).map(|()| io::Error::new(io::ErrorKind::TimedOut, what))
     }
 
     /// Wakes the task when the deadline that was set last has come, or else after that time.
@@ -323,8 +362,8 @@ impl Alarm {
         }
     }
 
-    /// Fails when it has been polled for that long without having been disarmed.
-    fn poll_after(&mut self, limit: Duration, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+    /// Ready with an error when it has been polled for that long without having been disarmed.
+    fn poll_after(&mut self, limit: Duration, cx: &mut Context<'_>) -> Poll<io::Error> {
         let deadline = match &self.sleep {
             Some(sleep) if self.armed => sleep.deadline(),
             _ => Instant::now() + limit,
@@ -353,7 +392,7 @@ mod tests {
     /// A new connection, and the client's end of it.
     fn connected() -> (Edge<DuplexStream>, DuplexStream) {
         let (ours, clients) = tokio::io::duplex(1 << 16);
-        (Edge::new(ours, Arc::default(), LIMITS), clients)
+        (Edge::new(ours, Arc::default(), LIMITS, None), clients)
     }
 
     /// The protocol found when the client sends these pieces, and what can be read thereafter, so many bytes at once.

@@ -30,6 +30,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use crate::config;
+use crate::metrics::{Guard, Metrics};
 use crate::proxy::{Proxy, ResponseBody};
 use crate::relay::BrokenOff;
 
@@ -112,7 +113,8 @@ pub async fn serve_connection<I>(
     let limits =
         EdgeLimits { header: settings.header_timeout, keep_alive: settings.keep_alive, write: settings.write_timeout };
     let activity = Arc::new(Activity::default());
-    let mut edge = Edge::new(io, activity.clone(), limits);
+    let metrics = proxy.metrics().clone();
+    let mut edge = Edge::new(io, activity.clone(), limits, Some(metrics.clone()));
     let protocol = tokio::select! {
         biased;
         protocol = edge.detect() => protocol,
@@ -129,7 +131,7 @@ pub async fn serve_connection<I>(
             until_drained(connection, http1::Connection::graceful_shutdown, drain).await.map_err(Into::into)
         }
         Ok(Protocol::Http2) => {
-            let connection = http2(settings.write_timeout).serve_connection(TokioIo::new(edge), service);
+            let connection = http2(settings.write_timeout, metrics).serve_connection(TokioIo::new(edge), service);
             let serving = until_drained(connection, http2::Connection::graceful_shutdown, drain);
             // Boxed, so that the many of HTTP/1 need no room for it.
             Box::pin(serving).await.map_err(Into::into)
@@ -174,8 +176,8 @@ fn http1() -> http1::Builder {
     builder
 }
 
-fn http2(write_timeout: Duration) -> http2::Builder<StreamExecutor> {
-    let mut builder = http2::Builder::new(StreamExecutor { write_timeout });
+fn http2(write_timeout: Duration, metrics: Arc<Metrics>) -> http2::Builder<StreamExecutor> {
+    let mut builder = http2::Builder::new(StreamExecutor { write_timeout, metrics });
     builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
@@ -238,6 +240,7 @@ pub struct Workers {
     workers: Vec<Worker>,
     connections: Arc<Semaphore>,
     max_connections: usize,
+    metrics: Arc<Metrics>,
 }
 
 struct Worker {
@@ -267,6 +270,7 @@ impl Workers {
             workers: (0..count.max(1)).map(start).collect::<io::Result<_>>()?,
             connections: Arc::new(Semaphore::new(max_connections)),
             max_connections,
+            metrics: proxy.metrics().clone(),
         })
     }
 
@@ -291,7 +295,7 @@ impl Workers {
         loop {
             // Beyond the limit nobody is accepted: they wait in the kernel's backlog.
             let next = async {
-                let permit = self.connections.clone().acquire_owned().await.expect("the semaphore is never closed");
+                let permit = self.place().await;
                 (listener.accept().await, permit)
             };
             let (accepted, permit) = tokio::select! {
@@ -308,6 +312,16 @@ impl Workers {
                 }
             }
         }
+    }
+
+    /// A place for one more client. Waits while all are taken, which is counted.
+    async fn place(&self) -> OwnedSemaphorePermit {
+        let connections = || self.connections.clone();
+        if let Ok(permit) = connections().try_acquire_owned() {
+            return permit;
+        }
+        self.metrics.guard(Guard::MaxConnections);
+        connections().acquire_owned().await.expect("the semaphore is never closed")
     }
 
     fn hand_over(&self, stream: TcpStream, peer: IpAddr, drain: Drain, permit: OwnedSemaphorePermit) {

@@ -7,11 +7,14 @@
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
-use std::task::Poll;
+use std::sync::Arc;
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use hyper::rt::Executor;
 use tokio::time::{Instant, Sleep};
+
+use crate::metrics::{Guard, Metrics};
 
 tokio::task_local! {
     /// Since when the stream's client has been owed a chunk.
@@ -30,9 +33,10 @@ pub fn gave() {
 }
 
 /// Runs HTTP/2 streams, and drops one, which resets it, when its client has read nothing for so long.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct StreamExecutor {
     pub write_timeout: Duration,
+    pub metrics: Arc<Metrics>,
 }
 
 impl<F> Executor<F> for StreamExecutor
@@ -40,11 +44,12 @@ where
     F: Future<Output: Send> + Send + 'static,
 {
     fn execute(&self, stream: F) {
-        tokio::spawn(OWED_SINCE.scope(Cell::new(None), until_stuck(stream, self.write_timeout)));
+        let (write_timeout, metrics) = (self.write_timeout, self.metrics.clone());
+        tokio::spawn(OWED_SINCE.scope(Cell::new(None), until_stuck(stream, write_timeout, metrics)));
     }
 }
 
-async fn until_stuck(stream: impl Future, write_timeout: Duration) {
+async fn until_stuck(stream: impl Future, write_timeout: Duration, metrics: Arc<Metrics>) {
     let mut stream = pin!(stream);
     let mut alarm: Option<Pin<Box<Sleep>>> = None;
     poll_fn(|cx| {
@@ -57,7 +62,9 @@ async fn until_stuck(stream: impl Future, write_timeout: Duration) {
         if alarm.deadline() != deadline {
             alarm.as_mut().reset(deadline);
         }
-        alarm.as_mut().poll(cx)
+        ready!(alarm.as_mut().poll(cx));
+        metrics.guard(Guard::WriteTimeout);
+        Poll::Ready(())
     })
     .await;
 }

@@ -44,11 +44,20 @@ fn nothing(_: &crate::gateway::Seen) -> Vec<Step> {
     answer(200, &[], "{}")
 }
 
+/// How often a bound of `[server]` has bitten.
+fn guards(world: &World, guard: &str) -> f64 {
+    let all = world.metric_sum("weir_guards_total", "");
+    let count = world.metric(&format!(r#"weir_guards_total{{guard="{guard}"}}"#));
+    assert_eq!(all, count, "another than {guard} has bitten");
+    count
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_new_connection_that_says_nothing_is_closed() {
     let world = World::new("[server]\nheader_timeout = \"10s\"\n", nothing);
     assert_eq!(world.raw().rest().await, "");
     assert_eq!(world.elapsed(), 10_000);
+    assert_eq!(guards(&world, "header_timeout"), 1.0);
 }
 
 #[tokio::test(start_paused = true)]
@@ -63,6 +72,7 @@ async fn a_head_that_drips_is_closed_after_header_timeout() {
     client.write("PRI * HT").await;
     assert_eq!(client.rest().await, "");
     assert_eq!(world.elapsed(), 20_000);
+    assert_eq!(guards(&world, "header_timeout"), 2.0);
 }
 
 #[tokio::test(start_paused = true)]
@@ -91,6 +101,7 @@ async fn an_idle_connection_is_closed_after_keep_alive_and_a_busy_one_is_not() {
     }
     assert_eq!(client.rest().await, "");
     assert_eq!(world.elapsed(), 460_000 + 75_000);
+    assert_eq!(guards(&world, "header_timeout"), 0.0, "an idle connection is no guard's");
     world.assert_nothing_held();
 }
 
@@ -121,6 +132,7 @@ async fn a_body_that_stops_coming_is_answered_with_408() {
         assert_eq!(client.rest().await, "", "what would come after it is no request");
         world.assert_nothing_held();
     }
+    assert_eq!(guards(&world, "body_timeout"), 2.0);
     assert_eq!(world.gateway.seen().len(), 0);
 }
 
@@ -207,6 +219,7 @@ async fn an_upload_that_drips_for_ever_is_the_clients_fault_too() {
     client.write("x".repeat(1_500_000)).await;
     assert_error(&client.drip("x", 20 * SECOND).await.expect("an answer"), 408, "request_timeout");
     assert_eq!(world.elapsed(), 120_000);
+    assert_eq!(guards(&world, "body_timeout"), 1.0);
     world.settle().await;
     world.assert_nothing_held();
 }
@@ -263,6 +276,7 @@ async fn a_client_that_stops_reading_is_cut_after_write_timeout() {
     assert_eq!((world.elapsed(), world.attempts("cancelled")), (60_000, 1.0));
     assert_eq!(world.gateway.sent(), sent, "nothing more was taken from the gateway");
     assert_eq!(world.gateway.open(), 0);
+    assert_eq!(guards(&world, "write_timeout"), 1.0);
     world.assert_nothing_held();
 }
 
@@ -300,6 +314,7 @@ async fn an_http2_stream_that_is_not_read_is_reset_after_write_timeout_and_its_n
     let neighbour = neighbour.await.expect("answered");
     assert!(neighbour.text().ends_with("[DONE]\n\n") && !neighbour.broken);
     world.settle().await;
+    assert_eq!(guards(&world, "write_timeout"), 1.0);
     world.assert_nothing_held();
 }
 
@@ -344,6 +359,7 @@ async fn a_header_bomb_is_answered_with_431() {
         let answer = Answer::of(bytes);
         assert_error(&answer, 431, "headers_too_large");
     }
+    assert_eq!(guards(&world, "max_head"), 3.0);
     assert_eq!(world.gateway.seen().len(), 0);
     world.assert_nothing_held();
 }
@@ -389,6 +405,7 @@ async fn a_target_that_is_too_long_is_answered_with_json_too() {
     let mut bytes = Vec::new();
     tokio::io::AsyncReadExt::read_to_end(&mut client, &mut bytes).await.expect("an answer");
     assert_error(&Answer::of(bytes), 400, "bad_request");
+    assert_eq!(guards(&world, "max_head"), 1.0);
 }
 
 #[tokio::test(start_paused = true)]
@@ -453,6 +470,7 @@ async fn a_client_that_expects_to_be_told_to_continue_is_told() {
     // And who would send too much is told so before it does.
     let answer = world.answer_to(post_chat("content-length: 5000\r\nexpect: 100-continue", "")).await;
     assert_error(&answer, 413, "request_too_large");
+    assert_eq!(guards(&world, "max_body"), 1.0);
     world.assert_nothing_held();
 }
 

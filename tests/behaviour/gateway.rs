@@ -340,7 +340,7 @@ fn head_end(buffer: &[u8]) -> Option<usize> {
 /// Takes the first message, if it is there whole: its head as text, its body decoded.
 pub fn take_message(buffer: &mut Vec<u8>) -> Option<(String, Vec<u8>)> {
     let head_end = head_end(buffer)?;
-    let head = String::from_utf8(buffer[..head_end].to_vec()).expect("heads are text here");
+    let head = String::from_utf8_lossy(&buffer[..head_end]).into_owned();
     let lower = head.to_ascii_lowercase();
     let length = lower.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse::<usize>().ok());
     let (body, end) = match length {

@@ -114,3 +114,32 @@ async fn a_flood_of_refusals_leaves_only_the_last() {
     assert_eq!((kept.len(), kept[0].request_id.as_str()), (MAX_RECENT, "119"));
     assert_eq!(kept[MAX_RECENT - 1].request_id, "20");
 }
+
+#[tokio::test(start_paused = true)]
+async fn no_key_prompt_or_completion_is_kept() {
+    let config = "[upstream]\nbase_url = \"http://gateway.test/v1\"\napi_key = \"sk-SECRET-up\"\n[retry]\nmax_retries = 0\n\
+                  [clients.bot]\nkey = \"sk-SECRET-bot\"\nrequests = { rate = \"1/h\", burst = 8 }\nmax_wait = \"0s\"\n";
+    let said = chunk("data: {\"choices\":[{\"delta\":{\"content\":\"SECRET said\"}}]}\n\n");
+    let wrong = chunk("data: {\"error\":{\"message\":\"SECRET said\"}}\n\n");
+    let world = World::new(config, move |seen| match seen.number {
+        0 => error(500, &[("x-secret", "SECRET")]),
+        1 => answer(401, &[("content-type", "application/json")], "{\"error\":{\"message\":\"SECRET sk-SECRET-up\"}}"),
+        2 => vec![stream_head(), said.clone(), Step::Close],
+        3 => vec![stream_head(), said.clone(), wrong.clone(), Step::Send(b"0\r\n\r\n".to_vec())],
+        4 => vec![Step::Send(b"SECRET-2.0 not http\r\n\r\n".to_vec())],
+        5 => vec![Step::Send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: SECRET\r\n\r\n".to_vec())],
+        6 => vec![Step::Send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nSECRET\r\n".to_vec())],
+        _ => vec![Step::Close],
+    });
+    let body =
+        |stream| format!(r#"{{"model":"m","stream":{stream},"messages":[{{"role":"user","content":"SECRET"}}]}}"#);
+    for number in 0..12 {
+        world.send(bearer(chat(&body(matches!(number, 2 | 3))), "sk-SECRET-bot")).await;
+    }
+    let kept = world.proxy.recent_errors();
+    assert!(kept.len() >= 10, "{kept:#?}");
+    for outcome in [Outcome::Refused, Outcome::Failed, Outcome::UpstreamError] {
+        assert!(kept.iter().any(|error| error.outcome == outcome), "none is {outcome:?}");
+    }
+    assert!(!format!("{kept:?}").contains("SECRET"), "{kept:#?}");
+}

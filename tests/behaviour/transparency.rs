@@ -594,3 +594,28 @@ async fn what_came_of_an_answer_that_breaks_off_is_passed_on_before_the_connecti
         assert_eq!(world.gateway.seen().len(), 2, "nothing is sent again");
     }
 }
+
+/// W3C Trace Context: what weir does not take part in, it must not touch, and several `tracestate` fields are one list whose
+/// order counts.
+#[tokio::test(start_paused = true)]
+async fn traces_pass_untouched_both_ways_in_either_protocol() {
+    let response = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let world = World::new("", move |_| answer(200, &[("traceresponse", response), ("tracestate", "gw=1")], "{}"));
+    // Also one that is not valid: judging it is for those who take part.
+    for parent in ["00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01", "nonsense", response] {
+        let asked = with(chat(CHAT), "traceparent", parent);
+        let asked =
+            with(with(asked, "tracestate", "rojo=00f067aa0ba902b7, a@b=t61rcWkgMzE"), "tracestate", "congo=,x=\"y\"");
+        let over_http1 = world.send(asked.clone()).await;
+        let mut http2 = world.http2().await;
+        let over_http2 = http2.send_request(crate::world::over_http2(asked)).await.expect("answered");
+        for answer in [over_http1, crate::world::collect(over_http2).await] {
+            assert_eq!((answer.header("traceresponse"), answer.header("tracestate")), (response, "gw=1"));
+        }
+        let seen = world.gateway.seen();
+        for seen in &seen[seen.len() - 2..] {
+            assert_eq!(seen.header("traceparent"), [parent]);
+            assert_eq!(seen.header("tracestate"), ["rojo=00f067aa0ba902b7, a@b=t61rcWkgMzE", "congo=,x=\"y\""]);
+        }
+    }
+}

@@ -63,6 +63,15 @@ impl Raw {
         }
     }
 
+    /// The next answer's status, whatever else it holds.
+    pub async fn answer_status(&mut self) -> u16 {
+        while self.unread.len() < 12 {
+            let read = self.io.read_buf(&mut self.unread).await.unwrap_or(0);
+            assert!(read > 0, "no answer");
+        }
+        String::from_utf8_lossy(&self.unread[9..12]).parse().expect("a status")
+    }
+
     /// Everything until weir closes the connection.
     pub async fn rest(&mut self) -> String {
         while self.io.read_buf(&mut self.unread).await.is_ok_and(|read| read > 0) {}

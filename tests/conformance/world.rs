@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
-use weir::config::Config;
+use weir::config::{AccessTarget, Config};
 use weir::run::Running;
 
 use crate::client::{Answer, Client};
@@ -51,7 +51,8 @@ impl World {
         if !text.contains("[retry]") {
             text += "[retry]\nmax_retries = 0\n";
         }
-        let config = Config::parse(&text, &|_| None).unwrap_or_else(|complaints| panic!("{complaints}"));
+        let mut config = Config::parse(&text, &|_| None).unwrap_or_else(|complaints| panic!("{complaints}"));
+        config.log.access = AccessTarget::Off;
         let running = Running::start(config).unwrap_or_else(|error| panic!("{error}"));
         Self { upstream, running }
     }

@@ -37,7 +37,7 @@ impl Weir {
     pub fn start(gateway: SocketAddr, config: &str) -> Self {
         let config = if config.contains("[server]") { config.to_owned() } else { format!("[server]\n{config}") };
         let ports = "[server]\nlisten = \"127.0.0.1:0\"\nadmin_listen = \"127.0.0.1:0\"\n";
-        let upstream = format!("[upstream]\nbase_url = \"http://{gateway}/v1\"\n");
+        let upstream = format!("[upstream]\nbase_url = \"http://{gateway}/v1\"\n[log]\naccess = \"off\"\n");
         let file = config_file(&format!("{}\n{upstream}", config.replacen("[server]\n", ports, 1)));
         let mut command = Command::new(env!("CARGO_BIN_EXE_weir"));
         command.arg("serve").arg("--config").arg(&file).stdout(Stdio::null()).stderr(Stdio::piped());
