@@ -18,6 +18,7 @@ pub mod retry;
 pub mod relay;
 pub mod proxy;
 pub mod server;
+pub mod systemd;
 pub mod admin;
 pub mod run;
 pub mod simulator;

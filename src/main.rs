@@ -7,6 +7,8 @@ use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 use weir::config::{Config, Log, LogFormat, LogLevel};
 use weir::run::Running;
+use weir::server::Tls;
+use weir::systemd::{self, Sockets};
 use weir::{demo, simulator};
 
 const HELP: &str = "\
@@ -54,7 +56,8 @@ fn main() -> ExitCode {
         }
         Command::Check(file) => check(file),
         Command::Serve(file) => match load(file.as_ref()) {
-            Ok(config) => finish(run(serve(config, file))),
+            // The sockets first: there are no other threads yet.
+            Ok(config) => finish(Sockets::from_env().and_then(|sockets| run(serve(config, file, sockets)))),
             Err(exit) => exit,
         },
         Command::Demo { exit } => finish(run(demo::run(exit))),
@@ -105,13 +108,16 @@ fn load(file: Option<&PathBuf>) -> Result<Config, ExitCode> {
 }
 
 fn check(file: Option<PathBuf>) -> ExitCode {
-    match load(file.as_ref()) {
-        Ok(config) => {
-            print!("{config}");
-            ExitCode::SUCCESS
-        }
-        Err(exit) => exit,
+    let config = match load(file.as_ref()) {
+        Ok(config) => config,
+        Err(exit) => return exit,
+    };
+    if let Some(Err(message)) = config.server.tls.as_ref().map(Tls::load) {
+        eprintln!("weir: {message}");
+        return ExitCode::from(BAD_CONFIG);
     }
+    print!("{config}");
+    ExitCode::SUCCESS
 }
 
 /// Runs on this thread; the workers have threads of their own.
@@ -131,7 +137,7 @@ fn finish(result: Result<(), String>) -> ExitCode {
 }
 
 /// Serves until a signal, then drains; a second signal ends it at once.
-async fn serve(config: Config, file: Option<PathBuf>) -> Result<(), String> {
+async fn serve(config: Config, file: Option<PathBuf>, sockets: Sockets) -> Result<(), String> {
     start_log(config.log);
     if file.is_none() {
         tracing::info!("no --config given: the built-in defaults are in force; weir check prints them");
@@ -144,11 +150,13 @@ async fn serve(config: Config, file: Option<PathBuf>) -> Result<(), String> {
     }
     let upstream = config.upstream.base_url.to_string();
     let mut signals = Signals::new()?;
-    let running = Running::start(config)?;
+    let running = Running::start_on(sockets, config)?;
     for address in &running.addresses {
         tracing::info!(address = %address, admin = %running.admin_address, upstream, "listening");
     }
+    systemd::notify("READY=1");
     signals.next().await;
+    systemd::notify("STOPPING=1");
     tokio::select! {
         () = running.stop() => {}
         () = signals.next() => tracing::warn!("a second signal: ending at once"),

@@ -46,6 +46,8 @@ pub struct Activity {
     requests: AtomicU64,
     /// Bytes without a request are then not the beginning of a head, but frames of any kind.
     http2: AtomicBool,
+    /// The drain has begun: the next answer ends a connection of HTTP/1.
+    last: AtomicBool,
     /// When the last request ended; at first, when the connection began.
     idle_since: Mutex<Instant>,
 }
@@ -56,8 +58,12 @@ pub struct ActiveRequest(Arc<Activity>);
 
 impl Default for Activity {
     fn default() -> Self {
-        let (requests, http2, idle_since) = (AtomicU64::new(0), AtomicBool::new(false), Mutex::new(Instant::now()));
-        Self { requests, http2, idle_since }
+        Self {
+            requests: AtomicU64::new(0),
+            http2: AtomicBool::new(false),
+            last: AtomicBool::new(false),
+            idle_since: Mutex::new(Instant::now()),
+        }
     }
 }
 
@@ -69,6 +75,16 @@ impl Activity {
         ActiveRequest(Arc::clone(self))
     }
 
+    /// From now on a request is its connection's last ([`ActiveRequest::is_last`]).
+    pub fn end_with_next_answer(&self) {
+        self.last.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether no request is being served.
+    pub fn is_idle(&self) -> bool {
+        self.begun_and_active().1 == 0
+    }
+
     /// Requests begun, and those not ended.
     fn begun_and_active(&self) -> (u64, u64) {
         let both = self.requests.load(Ordering::Acquire);
@@ -78,6 +94,13 @@ impl Activity {
 
     fn idle_since(&self) -> Instant {
         *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ActiveRequest {
+    /// Whether its answer has to say that the connection ends with it.
+    pub fn is_last(&self) -> bool {
+        self.0.last.load(Ordering::Relaxed)
     }
 }
 
@@ -124,7 +147,7 @@ impl<I> Edge<I> {
     /// The connection broke or was closed, or nothing came in time.
     pub async fn detect(&mut self) -> io::Result<Protocol>
     where
-        I: AsyncRead + Unpin,
+        I: AsyncRead + AsyncWrite + Unpin,
     {
         let mut beginning = Vec::with_capacity(HTTP2_PREFACE.len());
         while HTTP2_PREFACE.starts_with(&beginning) && beginning.len() < HTTP2_PREFACE.len() {
@@ -219,7 +242,7 @@ fn serialize(failure: &Failure) -> Vec<u8> {
     bytes
 }
 
-impl<I: AsyncRead + Unpin> AsyncRead for Edge<I> {
+impl<I: AsyncRead + AsyncWrite + Unpin> AsyncRead for Edge<I> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let edge = self.get_mut();
         let before = buf.filled().len();
@@ -236,7 +259,14 @@ impl<I: AsyncRead + Unpin> AsyncRead for Edge<I> {
             return Poll::Ready(Ok(()));
         }
         match edge.read_deadline() {
-            Some(deadline) => edge.read_alarm.poll(deadline, cx, "the client sent nothing for too long"),
+            Some(deadline) => {
+                let late = edge.read_alarm.poll(deadline, cx, "the client sent nothing for too long");
+                if late.is_ready() {
+                    // hyper just drops it; over TLS the client should know that nobody has cut it off.
+                    let _ = Pin::new(&mut edge.io).poll_shutdown(cx);
+                }
+                late
+            }
             None => {
                 // hyper, which waits for a hang-up meanwhile, does not ask again when the request has ended.
                 edge.read_alarm.look_again(edge.limits.keep_alive, cx);

@@ -5,6 +5,7 @@ mod network;
 mod world;
 
 mod clients;
+mod drain;
 mod edge;
 mod fairness;
 mod hang_ups;
@@ -16,6 +17,7 @@ mod retries;
 mod simulation;
 mod steering;
 mod timeouts;
+mod tls;
 mod tokens;
 mod transparency;
 mod usage_option;
