@@ -80,9 +80,9 @@ impl Activity {
         self.last.store(true, Ordering::Relaxed);
     }
 
-    /// Whether no request is being served.
-    pub fn is_idle(&self) -> bool {
-        self.begun_and_active().1 == 0
+    /// Since when no request has been served; `None` while one is.
+    pub fn idle_since(&self) -> Option<Instant> {
+        (self.begun_and_active().1 == 0).then(|| self.last_ended())
     }
 
     /// Requests begun, and those not ended.
@@ -92,7 +92,8 @@ impl Activity {
         (begun, begun.wrapping_sub(ended) & 0xffff_ffff)
     }
 
-    fn idle_since(&self) -> Instant {
+    /// When the last request ended, or the connection began.
+    fn last_ended(&self) -> Instant {
         *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -168,7 +169,7 @@ impl<I> Edge<I> {
     fn read_deadline(&self) -> Option<Instant> {
         match self.activity.begun_and_active() {
             (begun, 0) if begun == self.head_since.0 => Some(self.head_since.1 + self.limits.header),
-            (_, 0) => Some(self.activity.idle_since() + self.limits.keep_alive),
+            (_, 0) => Some(self.activity.last_ended() + self.limits.keep_alive),
             _ => None,
         }
     }

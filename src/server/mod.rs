@@ -30,6 +30,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::time::Instant;
 
 use crate::config;
 use crate::proxy::{Proxy, ResponseBody};
@@ -186,7 +187,7 @@ async fn serve_protocol<I>(
             let ended = tokio::select! {
                 biased;
                 ended = connection.as_mut() => ended,
-                () = last_call(&activity, drain) => {
+                () = last_call(&activity, &mut drain) => {
                     connection.as_mut().graceful_shutdown();
                     connection.await
                 }
@@ -213,6 +214,8 @@ async fn serve_protocol<I>(
     if let Err(error) = ended {
         tracing::debug!(error, "a client's connection ended early");
     }
+    // Whoever waits for the drain to end waits for this.
+    drop(drain);
 }
 
 /// Serves one request.
@@ -233,13 +236,20 @@ async fn serve(
     Ok(response)
 }
 
-/// Waits for the drain, and then, if the connection has no request, for one that may be on its way. From the drain on
-/// every answer of HTTP/1 says that it is the connection's last.
-async fn last_call(activity: &Activity, mut drain: Drain) {
+/// Waits for the drain, and then until the connection has been without a request for as long as [`LAST_CALL`]. From the
+/// drain on every answer of HTTP/1 says that it is the connection's last; a stream that had begun before could not say so,
+/// and its client may ask again.
+async fn last_call(activity: &Activity, drain: &mut Drain) {
     drain.begun().await;
     activity.end_with_next_answer();
-    if activity.is_idle() {
-        sleep(LAST_CALL).await;
+    let mut quiet_since = Instant::now();
+    loop {
+        sleep(quiet_since + LAST_CALL - Instant::now()).await;
+        match activity.idle_since() {
+            Some(idle_since) if idle_since <= quiet_since => return,
+            Some(idle_since) => quiet_since = idle_since,
+            None => quiet_since = Instant::now(),
+        }
     }
 }
 

@@ -17,7 +17,7 @@ fn post(body: &str) -> String {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_connection_without_a_request_has_a_second_left_and_one_with_a_stream_until_its_end() {
+async fn a_connection_without_a_request_has_a_second_left_and_one_with_a_stream_a_second_after_it() {
     let world = World::new("", |_| vec![stream_head(), event("one"), Step::Gate, Step::Send(b"0\r\n\r\n".to_vec())]);
     let (mut idle, mut silent, mut running) = (world.raw(), world.raw(), world.raw());
     idle.write(GET).await;
@@ -33,7 +33,7 @@ async fn a_connection_without_a_request_has_a_second_left_and_one_with_a_stream_
     tokio::time::sleep(60 * SECOND).await;
     world.gateway.go_on();
     assert!(running.answer().await.expect("an answer").text().contains("one"));
-    assert_eq!((running.rest().await.as_str(), world.elapsed()), ("", 61_000));
+    assert_eq!((running.rest().await.as_str(), world.elapsed()), ("", 62_000));
     world.assert_nothing_held();
 }
 
@@ -57,6 +57,22 @@ async fn a_request_that_crosses_the_drain_is_answered_and_ends_its_connection() 
     // Their starts are paced. The connections end with the answers, not with a deadline.
     assert!((60_900..61_000).contains(&world.elapsed()), "{}", world.elapsed());
     world.assert_nothing_held();
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_was_not_told_by_a_stream_that_this_was_the_last_may_ask_once_more() {
+    let stream = || vec![stream_head(), event("one"), Step::Wait(10 * SECOND), Step::Send(b"0\r\n\r\n".to_vec())];
+    let world = World::new("", move |_| stream());
+    let mut client = world.raw();
+    client.write(post(STREAM)).await;
+    world.gateway.saw(1).await;
+    world.settle().await;
+    world.drain();
+    assert_eq!(client.answer().await.expect("an answer").header("connection"), "");
+    client.write(post(STREAM)).await;
+    assert_eq!(client.answer().await.expect("an answer").header("connection"), "close");
+    assert_eq!(client.rest().await, "");
+    assert!((20_000..20_100).contains(&world.elapsed()), "{}", world.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
