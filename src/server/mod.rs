@@ -113,16 +113,17 @@ impl Drain {
 /// it comes from, where it has one.
 ///
 /// Dropping the future closes the connection and cancels its requests.
-pub async fn serve_connection<I>(
+pub fn serve_connection<I>(
     io: I,
     peer: Option<IpAddr>,
     proxy: Arc<Proxy>,
     settings: &config::Server,
     drain: Drain,
-) where
+) -> impl Future<Output = ()>
+where
     I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    serve_protocol(io, None, peer, proxy, settings, drain).await;
+    serve_protocol(io, None, peer, proxy, settings, drain)
 }
 
 /// As [`serve_connection`], after a TLS handshake that may take `header_timeout`.
