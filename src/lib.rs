@@ -22,6 +22,7 @@ pub mod relay;
 pub mod proxy;
 pub mod server;
 pub mod reload;
+pub mod systemd;
 pub mod admin;
 pub mod run;
 pub mod simulator;

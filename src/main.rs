@@ -15,6 +15,8 @@ use weir::config::{Config, Log, LogFormat, LogLevel};
 use weir::outlet::{Habits, Outlet, Stderr};
 use weir::reload::Source;
 use weir::run::Running;
+use weir::server::Tls;
+use weir::systemd::{self, Sockets};
 use weir::{demo, simulator};
 
 const HELP: &str = "\
@@ -64,7 +66,8 @@ fn main() -> ExitCode {
         }
         Command::Check(file) => check(file),
         Command::Serve(file) => match load(file.as_ref()) {
-            Ok(config) => finish(run(serve(config, file))),
+            // The sockets first: there are no other threads yet.
+            Ok(config) => finish(Sockets::from_env().and_then(|sockets| run(serve(config, file, sockets)))),
             Err(exit) => exit,
         },
         Command::Demo { exit } => finish(run(demo::run(exit))),
@@ -115,13 +118,16 @@ fn load(file: Option<&PathBuf>) -> Result<Config, ExitCode> {
 }
 
 fn check(file: Option<PathBuf>) -> ExitCode {
-    match load(file.as_ref()) {
-        Ok(config) => {
-            print!("{config}");
-            ExitCode::SUCCESS
-        }
-        Err(exit) => exit,
+    let config = match load(file.as_ref()) {
+        Ok(config) => config,
+        Err(exit) => return exit,
+    };
+    if let Some(Err(message)) = config.server.tls.as_ref().map(Tls::load) {
+        eprintln!("weir: {message}");
+        return ExitCode::from(BAD_CONFIG);
     }
+    print!("{config}");
+    ExitCode::SUCCESS
 }
 
 /// Runs on this thread; the workers have threads of their own.
@@ -145,14 +151,19 @@ const LAST_LINES: Duration = Duration::from_secs(1);
 
 /// Serves until a signal, then drains; a second signal ends it at once. SIGHUP reloads the configuration and opens the access
 /// log anew; while it drains, only the latter. What is said goes to stderr.
-async fn serve(config: Config, file: Option<PathBuf>) -> Result<(), String> {
+async fn serve(config: Config, file: Option<PathBuf>, sockets: Sockets) -> Result<(), String> {
     let (log, level) = start_log(&config.log).map_err(|error| format!("cannot start the log: {error}"))?;
-    let result = serve_until_told(config, file, level).await;
+    let result = serve_until_told(config, file, sockets, level).await;
     log.flush(LAST_LINES);
     result
 }
 
-async fn serve_until_told(config: Config, file: Option<PathBuf>, level: LevelHandle) -> Result<(), String> {
+async fn serve_until_told(
+    config: Config,
+    file: Option<PathBuf>,
+    sockets: Sockets,
+    level: LevelHandle,
+) -> Result<(), String> {
     if file.is_none() {
         tracing::info!("no --config given: the built-in defaults are in force; weir check prints them");
     }
@@ -169,15 +180,17 @@ async fn serve_until_told(config: Config, file: Option<PathBuf>, level: LevelHan
         // It is there as long as the log is.
         let _ = level.reload(level_of(&config.log));
     };
-    let running = Running::start_with(config, Source { file, on_applied: Some(Box::new(on_applied)) })?;
+    let running = Running::start_on(sockets, config, Source { file, on_applied: Some(Box::new(on_applied)) })?;
     for address in &running.addresses {
         tracing::info!(address = %address, admin = %running.admin_address, upstream, "listening");
     }
+    systemd::notify("READY=1");
     let access_log = running.access_log().clone();
     tokio::select! {
         () = signals.next() => {}
         () = obey_hangups(&running, &mut hangups) => {}
     }
+    systemd::notify("STOPPING=1");
     tokio::select! {
         () = running.stop() => {}
         () = signals.next() => tracing::warn!("a second signal: ending at once"),

@@ -16,6 +16,7 @@ use crate::config::change::Change;
 use crate::config::{Complaints, Config};
 use crate::metrics::ReloadResult;
 use crate::proxy::{CannotChange, Proxy};
+use crate::server::{NewCertificate, Tls};
 
 /// Is told of each configuration that has come into force.
 pub type OnApplied = Box<dyn Fn(&Config) + Send + Sync>;
@@ -32,6 +33,8 @@ pub struct Source {
 /// Puts other configurations in force, one at a time.
 pub struct Reloader {
     proxy: Proxy,
+    /// Whose certificate is read anew, too.
+    tls: Option<Tls>,
     source: Source,
     /// Held from before the file is read until what it says is in force.
     turn: Arc<Mutex<()>>,
@@ -53,6 +56,8 @@ pub enum NotReloaded {
     Stopping,
     /// The file, and all that is wrong with it.
     Invalid(PathBuf, Complaints),
+    /// The certificate cannot be used.
+    Tls(String),
     /// The new access log cannot be opened.
     AccessLog(String),
     /// It is right, but cannot come into force while weir runs.
@@ -61,8 +66,8 @@ pub enum NotReloaded {
 
 impl Reloader {
     /// For this proxy, with configurations from there.
-    pub fn new(proxy: Proxy, source: Source) -> Arc<Self> {
-        Arc::new(Self { proxy, source, turn: Arc::default(), stopping: AtomicBool::new(false) })
+    pub fn new(proxy: Proxy, tls: Option<Tls>, source: Source) -> Arc<Self> {
+        Arc::new(Self { proxy, tls, source, turn: Arc::default(), stopping: AtomicBool::new(false) })
     }
 
     /// From now on nothing is reloaded any more.
@@ -122,13 +127,17 @@ impl Reloader {
         }
         let target = config.log.access.clone();
         let elsewhere = target != self.proxy.config().log.access;
-        // Opened first: where that fails, nothing has changed yet.
+        // Opened and read first: where that fails, nothing has changed yet.
         let sink = if elsewhere { access_log::open(&target) } else { Ok(None) };
         let sink =
             sink.map_err(|error| NotReloaded::AccessLog(format!("cannot write the access log to {target}: {error}")))?;
+        let certificate = config.server.tls.as_ref().map(NewCertificate::read).transpose().map_err(NotReloaded::Tls)?;
         let changes = self.proxy.reload(config).map_err(NotReloaded::CannotChange)?;
         if elsewhere && let Err(error) = self.proxy.access_log().redirect(sink) {
             tracing::error!(%error, "the access log goes on where it was");
+        }
+        if let (Some(tls), Some(certificate)) = (&self.tls, certificate) {
+            tls.show(certificate);
         }
         if let Some(on_applied) = &self.source.on_applied {
             on_applied(&self.proxy.config());
@@ -186,6 +195,7 @@ impl fmt::Display for NotReloaded {
                 write!(f, "{} cannot be used, and nothing has changed:", file.display())?;
                 complaints.iter().try_for_each(|complaint| write!(f, "\n  {complaint}"))
             }
+            Self::Tls(why) => write!(f, "{why}. Nothing has changed"),
             Self::AccessLog(why) => write!(f, "{why} (log.access). Nothing has changed"),
             Self::CannotChange(why) => write!(f, "{why}. Nothing has changed"),
         }

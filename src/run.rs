@@ -1,17 +1,17 @@
 //! A whole weir: its listeners, its workers, and how they stop.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinSet};
 
 use crate::access_log::{self, AccessLog};
 use crate::admin::Admin;
-use crate::config::Config;
+use crate::config::{Address, Config};
 use crate::proxy::Proxy;
 use crate::reload::{NotReloaded, Reloader, Report, Source};
-use crate::server::{self, DrainControl, Workers};
+use crate::server::{DrainControl, Tls, Workers};
+use crate::systemd::{Listeners, Sockets};
 use crate::upstream::connect;
 
 /// After the drain's deadline: how long those who were still waiting have to read that they are refused.
@@ -20,43 +20,45 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// A weir that serves. Dropping it closes its listeners.
 pub struct Running {
     /// Where clients connect; ports given as 0 are the ones that were found free.
-    pub addresses: Vec<SocketAddr>,
+    pub addresses: Vec<Address>,
     /// Where operators connect.
-    pub admin_address: SocketAddr,
+    pub admin_address: Address,
+    /// Where clients speak TLS.
     admin: Arc<Admin>,
     proxy: Proxy,
     workers: Arc<Workers>,
     drain: DrainControl,
     reloader: Arc<Reloader>,
     listeners: JoinSet<()>,
+    /// The admin listener, where others have its socket too.
+    shared_admin: Option<AbortHandle>,
 }
 
 impl Running {
     /// Binds every listener and begins to serve.
     ///
     /// # Errors
-    /// An address that can't be bound, no certificate authority to trust the gateway by, or an access log that can't be
-    /// written.
+    /// An address that can't be bound, a certificate that can't be used, no certificate authority to trust the gateway by,
+    /// or an access log that can't be written.
     pub fn start(config: Config) -> Result<Self, String> {
-        Self::start_with(config, Source::default())
+        Self::start_on(Sockets::default(), config, Source::default())
     }
 
-    /// As [`Running::start`], with a file from which the configuration can be reloaded.
+    /// As [`Running::start`], on sockets that were handed over, as far as they go, and with a file from which the configuration
+    /// can be reloaded.
     ///
     /// # Errors
-    /// As there.
-    pub fn start_with(config: Config, source: Source) -> Result<Self, String> {
+    /// As [`Running::start`], and a socket that there is no use for.
+    pub fn start_on(sockets: Sockets, config: Config, source: Source) -> Result<Self, String> {
         let target = &config.log.access;
         let no_log = |error| format!("cannot write the access log to {target} (log.access): {error}");
         let access = access_log::open(target).map_err(no_log)?;
-        let connector = connect::network(config.upstream.base_url.is_tls())?;
+        let connector = connect::network(&config.upstream.base_url)?;
         let settings = config.server.clone();
-        let bound = settings.listen.iter().map(|address| server::bind(*address, "server.listen"));
-        let bound: Vec<_> = bound.collect::<Result<_, _>>()?;
-        let admin_listener = server::bind(settings.admin_listen, "server.admin_listen")?;
-        let address = |listener: &tokio::net::TcpListener| listener.local_addr().map_err(|error| error.to_string());
-        let addresses = bound.iter().map(address).collect::<Result<_, _>>()?;
-        let admin_address = address(&admin_listener)?;
+        let tls = settings.tls.as_ref().map(Tls::load).transpose()?;
+        let Listeners { clients, admin: admin_listener } = sockets.listeners(&config)?;
+        let addresses = clients.iter().map(|listener| listener.address().clone()).collect();
+        let admin_address = admin_listener.address().clone();
 
         let proxy = Proxy::new(Arc::new(config), connector);
         proxy.access_log().redirect(access).map_err(|error| format!("cannot start the access log: {error}"))?;
@@ -64,16 +66,27 @@ impl Running {
         let workers =
             Workers::start(cores, &proxy, &settings).map_err(|error| format!("cannot start a worker: {error}"))?;
         let workers = Arc::new(workers);
-        let reloader = Reloader::new(proxy.for_another_worker(), source);
+        let reloader = Reloader::new(proxy.for_another_worker(), tls.clone(), source);
         let admin = Admin::new(proxy.for_another_worker(), workers.clone(), reloader.clone());
         let (control, drain) = DrainControl::new();
         let mut listeners = JoinSet::new();
-        for listener in bound {
-            let (workers, drain) = (workers.clone(), drain.clone());
-            listeners.spawn(async move { workers.accept(listener, drain).await });
+        for listener in clients {
+            let (workers, tls, drain) = (workers.clone(), tls.clone(), drain.clone());
+            listeners.spawn(async move { workers.accept(listener, tls, drain).await });
         }
-        listeners.spawn(admin.clone().serve(admin_listener));
-        Ok(Self { addresses, admin_address, admin, proxy, workers, drain: control, reloader, listeners })
+        let is_shared = admin_listener.is_inherited();
+        let accepting_operators = listeners.spawn(admin.clone().serve(admin_listener));
+        Ok(Self {
+            addresses,
+            admin_address,
+            admin,
+            proxy,
+            workers,
+            drain: control,
+            reloader,
+            listeners,
+            shared_admin: is_shared.then_some(accepting_operators),
+        })
     }
 
     /// Puts another configuration in force, whole or not at all.
@@ -98,14 +111,24 @@ impl Running {
         self.proxy.access_log()
     }
 
-    /// Stops: no new connection, no new request, but what has begun or waits is served, for as long as `server.drain`.
-    /// Whoever still waits then is told so, and streams that still run are cut.
+    /// Stops. `/readyz` says no at once, and all goes on for `server.lame_duck`. Then: no new connection, no new request, but
+    /// what has begun or waits is served, for as long as `server.drain`. Whoever still waits then is told so, and streams
+    /// that still run are cut.
     ///
     /// Dropping the future stops at once.
     pub async fn stop(self) {
         self.admin.not_ready();
         self.reloader.stop();
+        let lame_duck = self.proxy.config().server.lame_duck;
+        if !lame_duck.is_zero() {
+            tracing::info!(seconds = lame_duck.as_secs_f64(), "not ready any more, but still serving (lame_duck)");
+            tokio::time::sleep(lame_duck).await;
+        }
         self.drain.begin();
+        if let Some(admin) = &self.shared_admin {
+            // Who asks from now on means the weir that takes over.
+            admin.abort();
+        }
         tracing::info!(connections = self.workers.connections(), "draining");
         if tokio::time::timeout(self.proxy.config().server.drain, self.drain.ended()).await.is_ok() {
             return;

@@ -482,6 +482,84 @@ fn a_second_sigterm_ends_it_at_once() {
     assert!(!stream.rest().contains("[DONE]"));
 }
 
+/// Waits until so many requests wait.
+fn waiting(weir: &Weir, count: usize) {
+    let deadline = Instant::now() + DEADLINE;
+    let line = format!("weir_waiting{{model=\"gpt-4.1-mini\"}} {count}\n");
+    while !get(weir.admin, "/metrics").1.contains(&line) {
+        assert!(Instant::now() < deadline, "never {line}");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn who_waits_when_the_drain_begins_is_served_in_it() {
+    let gateway =
+        Gateway::start(&["--first-token", "10ms", "--spread", "0", "--per-token", "40ms", "--output", "20..20"]);
+    let mut weir = Weir::start(&gateway, "[limits]\nconcurrency = 1\n");
+    let mut stream = chat(weir.address, STREAM);
+    stream.comes("data: ");
+    let address = weir.address;
+    let waiter = std::thread::spawn(move || chat(address, STREAM));
+    waiting(&weir, 1);
+    weir.program.terminate();
+    weir.program.says("\"draining\"");
+    assert!(stream.rest().contains("data: [DONE]"));
+    let waited = waiter.join().expect("an answer");
+    assert_eq!(waited.status, 200);
+    assert!(waited.rest().contains("data: [DONE]"));
+    assert_eq!(weir.program.ends().code(), Some(0));
+}
+
+#[test]
+fn who_still_waits_when_the_drain_is_over_is_told_so() {
+    let gateway = Gateway::start(&LONG_STREAM);
+    let mut weir = Weir::start(&gateway, "[server]\ndrain = \"1s\"\n[limits]\nconcurrency = 1\n");
+    let mut stream = chat(weir.address, STREAM);
+    stream.comes("data: ");
+    let address = weir.address;
+    let waiter = std::thread::spawn(move || chat(address, CHAT));
+    waiting(&weir, 1);
+    weir.program.terminate();
+    let told = waiter.join().expect("an answer");
+    assert_eq!(told.status, 503);
+    assert!(
+        told.head.contains("x-weir-refused-by: drain") && told.head.contains("retry-after: 1\r\n"),
+        "{}",
+        told.head
+    );
+    let error: serde_json::Value = serde_json::from_str(&told.rest()).expect("an error is JSON");
+    assert_eq!(error["error"]["code"], "draining");
+    assert_eq!(weir.program.ends().code(), Some(0));
+}
+
+#[test]
+fn a_lame_duck_is_not_ready_and_serves_all_who_come_before_it_drains() {
+    let gateway = Gateway::start(&["--first-token", "1ms", "--per-token", "1ms"]);
+    let mut weir = Weir::start(&gateway, "[server]\nlame_duck = \"4s\"\n");
+    assert!(get(weir.admin, "/metrics").1.contains("\nweir_draining 0\n"));
+    weir.program.terminate();
+    weir.program.says("lame_duck");
+    assert_eq!(get(weir.admin, "/readyz"), (503, "draining\n".to_owned()));
+    assert!(get(weir.admin, "/metrics").1.contains("\nweir_draining 1\n"));
+    assert_eq!(chat(weir.address, CHAT).status, 200);
+    weir.program.says("\"draining\"");
+    assert_eq!(weir.program.ends().code(), Some(0));
+}
+
+#[test]
+fn a_second_sigterm_ends_a_lame_duck_at_once() {
+    let gateway = Gateway::start(&LONG_STREAM);
+    let mut weir = Weir::start(&gateway, "[server]\nlame_duck = \"5min\"\n");
+    let mut stream = chat(weir.address, STREAM);
+    stream.comes("data: ");
+    weir.program.terminate();
+    weir.program.says("lame_duck");
+    weir.program.terminate();
+    assert_eq!(weir.program.ends().code(), Some(0));
+    assert!(!stream.rest().contains("[DONE]"));
+}
+
 // Configuration and arguments.
 
 #[test]

@@ -5,15 +5,18 @@ use std::collections::BTreeSet;
 use std::fs;
 
 /// A crate and the only places (a file, or a folder with its `/`) that may use it.
-const HOMES: [(&str, &[&str]); 7] = [
+const HOMES: [(&str, &[&str]); 9] = [
     ("governor", &["src/admission/bucket.rs"]),
     ("httparse", &["src/upstream/"]),
+    ("listenfd", &["src/systemd.rs"]),
     ("prometheus", &["src/metrics/"]),
     // Jitter; the age of a connection; the name of a process, and the generator that jitter is given.
     ("rand", &["src/retry/mod.rs", "src/upstream/pool.rs", "src/proxy/mod.rs"]),
     ("serde_json", &["src/openai/", "src/simulator/", "src/demo.rs", "src/demo/"]),
     // Keys are compared in one place.
     ("subtle", &["src/clients.rs"]),
+    // Towards the gateway, and towards clients.
+    ("tokio_rustls", &["src/upstream/connect.rs", "src/upstream/wire/", "src/server/tls.rs"]),
     ("toml", &["src/config/"]),
 ];
 

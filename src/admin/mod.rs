@@ -14,15 +14,14 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use crate::metrics::Gauges;
 use crate::proxy::Proxy;
 use crate::reload::{NotReloaded, Reloader};
-use crate::server::Workers;
 use crate::server::edge::{Activity, Edge, EdgeLimits};
+use crate::server::{Connection, Listener, Workers};
 
 /// Scrapers and probes at once; a further one waits.
 const MAX_CONNECTIONS: usize = 64;
@@ -52,26 +51,26 @@ impl Admin {
     }
 
     /// Answers on this listener until dropped.
-    pub async fn serve(self: Arc<Self>, listener: TcpListener) {
+    pub async fn serve(self: Arc<Self>, listener: Listener) {
         let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
             let permit = connections.clone().acquire_owned().await.expect("the semaphore is never closed");
-            let Ok((stream, _)) = listener.accept().await else {
+            let Ok((connection, _)) = listener.accept().await else {
                 // Out of file descriptors, most likely; the server's own log line says so.
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             };
             let admin = self.clone();
             tokio::spawn(async move {
-                admin.serve_connection(stream).await;
+                admin.serve_connection(connection).await;
                 drop(permit);
             });
         }
     }
 
-    async fn serve_connection(self: Arc<Self>, stream: TcpStream) {
+    async fn serve_connection(self: Arc<Self>, connection: Connection) {
         let activity = Arc::new(Activity::default());
-        let io = TokioIo::new(Edge::new(stream, activity.clone(), LIMITS, None));
+        let io = TokioIo::new(Edge::new(connection.into_io(), activity.clone(), LIMITS, None));
         let service = service_fn(|request: Request<Incoming>| {
             let (active, admin) = (activity.begin(false), self.clone());
             async move {
@@ -112,7 +111,9 @@ impl Admin {
             Ok(report) => text(StatusCode::OK, report.to_string()),
             Err(refused) => {
                 let status = match refused {
-                    NotReloaded::Invalid(..) | NotReloaded::AccessLog(_) => StatusCode::UNPROCESSABLE_ENTITY,
+                    NotReloaded::Invalid(..) | NotReloaded::AccessLog(_) | NotReloaded::Tls(_) => {
+                        StatusCode::UNPROCESSABLE_ENTITY
+                    }
                     NotReloaded::NoFile | NotReloaded::CannotChange(_) => StatusCode::CONFLICT,
                     NotReloaded::Stopping => StatusCode::SERVICE_UNAVAILABLE,
                 };
@@ -127,6 +128,7 @@ impl Admin {
             tasks: tasks as u64,
             client_connections: self.workers.connections() as u64,
             client_connections_limit: self.workers.max_connections() as u64,
+            is_draining: !self.ready.load(Ordering::Acquire),
             ..self.proxy.gauges()
         };
         let mut response = text(StatusCode::OK, self.proxy.metrics().encode(&gauges));

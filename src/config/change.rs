@@ -24,7 +24,9 @@ pub struct Change {
 impl Change {
     /// Whether it has to wait until weir starts again.
     pub fn needs_restart(&self) -> bool {
-        NEEDS_RESTART.contains(&self.option.as_str())
+        // A certificate can take another's place, but a listener that spoke plain HTTP goes on speaking it.
+        let begins_or_ends = self.from.is_some() != self.to.is_some();
+        NEEDS_RESTART.contains(&self.option.as_str()) || (self.option == "server.tls" && begins_or_ends)
     }
 }
 
@@ -92,7 +94,7 @@ mod tests {
     use super::*;
 
     /// Options that can change while weir runs.
-    const LIVE: [&str; 39] = [
+    const LIVE: [&str; 41] = [
         "breaker.give_up",
         "clients.NAME.concurrency",
         "clients.NAME.key",
@@ -124,7 +126,9 @@ mod tests {
         "server.drain",
         "server.header_timeout",
         "server.keep_alive",
+        "server.lame_duck",
         "server.max_body",
+        "server.tls",
         "server.write_timeout",
         "timeouts.connect",
         "timeouts.deadline",
@@ -183,6 +187,12 @@ mod tests {
 
     #[test]
     fn what_needs_a_restart_says_so() {
+        let tls = |cert| parse(&format!("[server]\ntls = {{ cert = {cert:?}, key = \"k\" }}"));
+        let told =
+            |from: &Config, to: &Config| from.changes_to(to).iter().map(Change::needs_restart).collect::<Vec<_>>();
+        assert_eq!(told(&tls("a"), &tls("b")), [false]);
+        assert_eq!(told(&tls("a"), &Config::default()), [true]);
+        assert_eq!(told(&Config::default(), &tls("a")), [true]);
         let to =
             "[server]\nlisten = \"127.0.0.1:1\"\ndrain = \"1s\"\n[upstream]\nbase_url = \"https://other.test/v1\"\n";
         let changes = Config::default().changes_to(&parse(to));

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::units::{format_duration, format_size};
-use super::{AccessTarget, Concurrency, Config, LimitTable, LogFormat, LogLevel, Mode, Rate};
+use super::{AccessTarget, Concurrency, Config, LimitTable, LogFormat, LogLevel, Mode, Rate, Tls};
 
 impl fmt::Display for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -20,20 +20,24 @@ impl Config {
         let server = &self.server;
         writeln!(f, "[server]")?;
         match server.listen.as_slice() {
-            [one] => writeln!(f, "listen = \"{one}\"")?,
+            [one] => writeln!(f, "listen = {}", quoted(one))?,
             several => {
-                let quoted: Vec<String> = several.iter().map(|address| format!("\"{address}\"")).collect();
-                writeln!(f, "listen = [{}]", quoted.join(", "))?;
+                let several: Vec<String> = several.iter().map(quoted).collect();
+                writeln!(f, "listen = [{}]", several.join(", "))?;
             }
         }
-        writeln!(f, "admin_listen = \"{}\"", server.admin_listen)?;
+        writeln!(f, "admin_listen = {}", quoted(&server.admin_listen))?;
         writeln!(f, "max_body = \"{}\"", format_size(server.max_body))?;
         writeln!(f, "max_connections = {}", server.max_connections)?;
         writeln!(f, "header_timeout = \"{}\"", format_duration(server.header_timeout))?;
         writeln!(f, "body_timeout = \"{}\"", format_duration(server.body_timeout))?;
         writeln!(f, "write_timeout = \"{}\"", format_duration(server.write_timeout))?;
         writeln!(f, "keep_alive = \"{}\"", format_duration(server.keep_alive))?;
+        writeln!(f, "lame_duck = \"{}\"", format_duration(server.lame_duck))?;
         writeln!(f, "drain = \"{}\"", format_duration(server.drain))?;
+        if let Some(Tls { cert, key }) = &server.tls {
+            writeln!(f, "tls = {{ cert = {}, key = {} }}", quoted(&cert.display()), quoted(&key.display()))?;
+        }
         writeln!(f, "allow_anonymous = {}", server.allow_anonymous)?;
         writeln!(f, "\n[upstream]\nbase_url = {}", quoted(&self.upstream.base_url))?;
         self.upstream.api_key.as_ref().map_or(Ok(()), |key| writeln!(f, "api_key = {}", quoted(key)))

@@ -3,6 +3,7 @@
 //! Two stages. What the file says is read by `reader`, key by key; what comes out here is resolved (secrets looked up,
 //! addresses parsed, shares taken) and can be trusted by everything else. An empty file is a whole configuration.
 
+mod address;
 pub mod change;
 mod client;
 mod effective;
@@ -13,7 +14,7 @@ mod upstream_url;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ use reader::{Document, FromToml, Section};
 use toml::de::DeValue;
 use zeroize::Zeroizing;
 
+pub use address::Address;
 pub use client::{Client, NOBODY, Weight};
 pub use reader::Complaint;
 pub use secret::Secret;
@@ -50,8 +52,8 @@ pub struct Config {
 /// `[server]`: who may connect, and how slow a client may be.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Server {
-    pub listen: Vec<SocketAddr>,
-    pub admin_listen: SocketAddr,
+    pub listen: Vec<Address>,
+    pub admin_listen: Address,
     /// Bytes of a metered call's body.
     pub max_body: u64,
     pub max_connections: u32,
@@ -59,8 +61,20 @@ pub struct Server {
     pub body_timeout: Duration,
     pub write_timeout: Duration,
     pub keep_alive: Duration,
+    /// Between the signal to stop and the drain: not ready any more, but accepting.
+    pub lame_duck: Duration,
     pub drain: Duration,
+    /// What TCP listeners for clients speak; absent, they speak plain HTTP.
+    pub tls: Option<Tls>,
     pub allow_anonymous: bool,
+}
+
+/// `server.tls`: the files, in PEM, of what weir proves its name with. They are read when it starts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tls {
+    /// Its own certificate first, then those between it and the authority.
+    pub cert: PathBuf,
+    pub key: PathBuf,
 }
 
 /// `[upstream]`: the gateway.
@@ -234,6 +248,16 @@ impl Config {
         }
     }
 
+    /// Whether clients may be served at an address that is not the configuration's own: that of a socket which weir was
+    /// handed.
+    ///
+    /// # Errors
+    /// As for an address in `server.listen`: the gateway's key would be lent to strangers.
+    pub fn may_listen(&self, address: &Address) -> Result<(), String> {
+        let complaint = if self.clients.is_empty() { self.server.open_relay(address, &self.upstream) } else { None };
+        complaint.map_or(Ok(()), Err)
+    }
+
     /// The path of every option there is, for the test that holds config.toml against the code.
     pub fn option_paths() -> Vec<String> {
         let document = Document::new("[models.NAME]\n[clients.NAME]\n");
@@ -271,23 +295,19 @@ impl Config {
 
 impl Server {
     fn read(section: &Section<'_>, upstream: &Upstream, knows_clients: bool) -> Self {
-        section.not_yet("tls", "end TLS in front of it and leave tls out");
         section.not_yet("admin_token", "keep admin_listen on a loopback address and leave admin_token out");
-        section.not_yet("lame_duck", "leave it out");
         let server = Self {
-            listen: section
-                .get_checked("listen", vec![Listen(loopback(8080))], at_least_one)
-                .iter()
-                .map(|l| l.0)
-                .collect(),
-            admin_listen: section.get_or("admin_listen", Listen(loopback(9090))).0,
+            listen: section.get_checked("listen", vec![loopback(8080)], at_least_one),
+            admin_listen: section.get_or("admin_listen", loopback(9090)),
             max_body: section.get_checked("max_body", Size(32 << 20), |size| size.at_least(1 << 10)).0,
             max_connections: section.get_checked("max_connections", 10_000, positive),
             header_timeout: section.get_checked("header_timeout", Duration::from_secs(10), some_time),
             body_timeout: section.get_checked("body_timeout", Duration::from_secs(30), some_time),
             write_timeout: section.get_checked("write_timeout", Duration::from_secs(60), some_time),
             keep_alive: section.get_checked("keep_alive", Duration::from_secs(75), some_time),
+            lame_duck: section.get_or("lame_duck", Duration::ZERO),
             drain: section.get_or("drain", Duration::from_secs(300)),
+            tls: section.get("tls"),
             allow_anonymous: section.get_or("allow_anonymous", false),
         };
         server.refuse_clashes(section);
@@ -298,24 +318,27 @@ impl Server {
     }
 
     fn refuse_clashes(&self, section: &Section<'_>) {
-        if self.admin_listen.port() != 0 && self.listen.contains(&self.admin_listen) {
-            section.complain("admin_listen", "is the address that clients use (listen); give it a port of its own");
+        if self.listen.iter().any(|address| address.clashes_with(&self.admin_listen)) {
+            section.complain("admin_listen", "is the address that clients use (listen); give it one of its own");
+        }
+    }
+
+    fn refuse_an_open_relay(&self, section: &Section<'_>, upstream: &Upstream) {
+        if let Some(complaint) = self.listen.iter().find_map(|address| self.open_relay(address, upstream)) {
+            section.complain("listen", complaint);
         }
     }
 
     /// With a key of its own and an open door, weir would lend the key to everyone who finds it.
-    fn refuse_an_open_relay(&self, section: &Section<'_>, upstream: &Upstream) {
-        let open = self.listen.iter().find(|address| !address.ip().is_loopback());
-        if let (Some(address), Some(_), false) = (open, &upstream.api_key, self.allow_anonymous) {
-            section.complain(
-                "listen",
-                format!(
-                    "{address} can be reached from other machines, and upstream.api_key would be lent to everyone who \
-                     does; give each client a key under [clients], or listen on 127.0.0.1, or leave api_key out so that \
-                     clients' own keys go through, or set allow_anonymous = true if something else keeps strangers away"
-                ),
-            );
+    fn open_relay(&self, address: &Address, upstream: &Upstream) -> Option<String> {
+        if address.is_local() || upstream.api_key.is_none() || self.allow_anonymous {
+            return None;
         }
+        Some(format!(
+            "{address} can be reached from other machines, and upstream.api_key would be lent to everyone who does; \
+             give each client a key under [clients], or listen on 127.0.0.1 or a unix socket, or leave api_key out so \
+             that clients' own keys go through, or set allow_anonymous = true if something else keeps strangers away"
+        ))
     }
 }
 
@@ -417,8 +440,8 @@ impl Log {
     }
 }
 
-fn loopback(port: u16) -> SocketAddr {
-    (Ipv4Addr::LOCALHOST, port).into()
+fn loopback(port: u16) -> Address {
+    Address::Tcp((Ipv4Addr::LOCALHOST, port).into())
 }
 
 fn positive(number: &u32) -> Result<(), String> {
@@ -430,26 +453,33 @@ fn some_time(duration: &Duration) -> Result<(), String> {
 }
 
 #[expect(clippy::ptr_arg, reason = "it is called with the type that was read")]
-fn at_least_one(addresses: &Vec<Listen>) -> Result<(), String> {
+fn at_least_one(addresses: &Vec<Address>) -> Result<(), String> {
     if addresses.is_empty() { Err("is empty; write an address, as in \"127.0.0.1:8080\"".to_owned()) } else { Ok(()) }
 }
 
-/// An address to listen on.
-#[derive(Clone, Copy)]
-struct Listen(SocketAddr);
-
-impl FromToml for Listen {
+impl FromToml for Tls {
+    /// `{ cert = "file", key = "file" }`.
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        let text = String::from_toml(value)?;
-        if text.starts_with("unix:") {
-            return Err("unix sockets have no effect in this version of weir; write an address and a port".to_owned());
+        const EXAMPLE: &str = r#"write { cert = "/etc/weir/cert.pem", key = "/etc/weir/key.pem" }"#;
+        let DeValue::Table(table) = value else { return Err(format!("is a {}; {EXAMPLE}", value.type_str())) };
+        let (mut cert, mut key) = (None, None);
+        for (name, value) in table {
+            let place = match name.get_ref().as_ref() {
+                "cert" => &mut cert,
+                "key" => &mut key,
+                unknown => return Err(format!("{unknown:?} is not part of it; {EXAMPLE}")),
+            };
+            let path = String::from_toml(value.get_ref()).map_err(|message| format!("{} {message}", name.get_ref()))?;
+            // A file's content in place of its name: what would be shown is a secret.
+            if path.is_empty() || path.contains("-----BEGIN") {
+                return Err(format!("{} has to be the name of a file; {EXAMPLE}", name.get_ref()));
+            }
+            *place = Some(PathBuf::from(path));
         }
-        let numeric = text.strip_prefix("localhost:").map(|port| format!("127.0.0.1:{port}"));
-        numeric.as_deref().unwrap_or(&text).parse().map(Self).map_err(|_| {
-            format!(
-                "{text:?} is not an address; write an IP address and a port, as in \"127.0.0.1:8080\" or \"[::]:8080\""
-            )
-        })
+        match (cert, key) {
+            (Some(cert), Some(key)) => Ok(Self { cert, key }),
+            _ => Err(format!("needs both a certificate and its key; {EXAMPLE}")),
+        }
     }
 }
 

@@ -68,8 +68,11 @@ fn every_commented_example_in_the_shipped_config_toml_can_be_switched_on() {
 fn what_check_prints_reads_back_as_the_same_configuration() {
     let source = r#"
         [server]
-        listen = ["127.0.0.1:1", "[::1]:2"]
+        listen = ["127.0.0.1:1", "[::1]:2", 'unix:/run/weir "1".sock']
+        admin_listen = "unix:/run/weir/admin.sock"
         header_timeout = "1.5s"
+        lame_duck = "5s"
+        tls = { cert = '/etc/"weir"/cert.pem', key = "/etc/weir/key.pem" }
         [upstream]
         api_key = "env:KEY"
         [limits]
@@ -158,11 +161,33 @@ bugdet = 0.2
 
 #[test]
 fn a_key_without_effect_yet_is_said_to_be_one() {
-    for source in ["[server]\nlame_duck = \"5s\"", "[server]\ntls = { cert = \"a\", key = \"b\" }"] {
-        let found = complaints(source);
-        assert!(found.len() == 1 && found[0].contains("no effect in this version"), "{found:?}");
+    let found = complaints("[server]\nadmin_token = \"x\"");
+    assert!(found.len() == 1 && found[0].contains("no effect in this version"), "{found:?}");
+}
+
+#[test]
+fn a_certificate_and_its_key_are_named_by_their_files() {
+    let expected = Tls { cert: "a.pem".into(), key: "b.pem".into() };
+    for source in
+        ["[server]\ntls = { cert = \"a.pem\", key = \"b.pem\" }", "[server.tls]\nkey = \"b.pem\"\ncert = \"a.pem\""]
+    {
+        assert_eq!(parse(source).expect("good").server.tls.as_ref(), Some(&expected));
     }
-    assert!(complaints("[server]\nlisten = \"unix:/run/weir.sock\"")[0].contains("no effect in this version"));
+    for (wrong, mend) in [
+        ("true", "write { cert"),
+        ("{ cert = \"a\" }", "both a certificate and its key"),
+        ("{ cert = \"a\", key = \"b\", ca = \"c\" }", "\"ca\" is not part"),
+        ("{ cert = 1, key = \"b\" }", "cert is a integer"),
+        ("{ cert = \"a\", key = \"\" }", "key has to be the name of a file"),
+        ("{ cert = \"a\", key = \"-----BEGIN PRIVATE KEY-----secret\" }", "key has to be the name of a file"),
+    ] {
+        let found = complaints(&format!("[server]\ntls = {wrong}"));
+        assert!(
+            found.len() == 1 && found[0].starts_with("line 2: server.tls: ") && found[0].contains(mend),
+            "{found:?}"
+        );
+        assert!(!found[0].contains("secret"), "{found:?}");
+    }
 }
 
 #[test]
@@ -274,12 +299,19 @@ fn weir_refuses_to_lend_its_key_to_strangers() {
     assert!(parse(&format!("{open}[clients.a]\nkey = \"env:OTHER_KEY\"\n")).is_ok());
     assert!(parse(&open.replace("[upstream]", "allow_anonymous = true\n[upstream]")).is_ok());
     assert!(parse(&open.replace("0.0.0.0", "127.0.0.1")).is_ok());
+    assert!(parse(&open.replace("0.0.0.0:8080", "unix:/run/weir.sock")).is_ok());
+    // One open door is enough.
+    let doors = r#"["unix:/run/weir.sock", "127.0.0.1:8080", "[::]:8080"]"#;
+    assert!(complaints(&open.replace("\"0.0.0.0:8080\"", doors))[0].contains("[::]:8080"));
     assert!(parse(&open.replace("api_key", "# api_key")).is_ok());
 }
 
 #[test]
 fn the_admin_listener_has_an_address_of_its_own() {
     assert!(complaints("[server]\nadmin_listen = \"127.0.0.1:8080\"")[0].contains("server.admin_listen"));
+    let same = "[server]\nlisten = [\"127.0.0.1:1\", \"unix:/run/a\"]\nadmin_listen = \"unix:/run/a\"";
+    assert!(complaints(same)[0].contains("server.admin_listen"));
+    assert!(parse(&same.replace("admin_listen = \"unix:/run/a\"", "admin_listen = \"unix:/run/b\"")).is_ok());
 }
 
 #[test]
@@ -296,4 +328,15 @@ fn no_text_makes_the_parser_panic() {
     ] {
         assert!(parse(source).is_err(), "{source:?}");
     }
+}
+
+#[test]
+fn a_socket_that_weir_is_handed_is_judged_like_one_of_its_own() {
+    let open = Address::parse("0.0.0.0:80").expect("an address");
+    let lending = parse("[upstream]\napi_key = \"env:KEY\"\n").expect("good");
+    assert!(lending.may_listen(&open).expect_err("open to all").contains("0.0.0.0:80 can be reached"));
+    assert_eq!(lending.may_listen(&Address::parse("unix:/run/weir.sock").expect("an address")), Ok(()));
+    let knowing = parse("[upstream]\napi_key = \"env:KEY\"\n[clients.a]\nkey = \"env:OTHER_KEY\"\n").expect("good");
+    assert_eq!(knowing.may_listen(&open), Ok(()));
+    assert_eq!(Config::default().may_listen(&open), Ok(()));
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
-use crate::config::{AccessTarget, Config, Rate};
+use crate::config::{AccessTarget, Address, Config, Rate};
 use crate::run::Running;
 use crate::simulator::{Fault, Settings, Simulator};
 
@@ -114,7 +114,8 @@ impl Stage {
         let listener = TcpListener::bind(loopback(0)).await.map_err(cannot)?;
         let gateway = listener.local_addr().map_err(cannot)?;
         let weir = start_weir(scene, gateway)?;
-        let (address, admin_address) = (weir.addresses[0], weir.admin_address);
+        let tcp = |address: &Address| address.tcp().expect("the demo's configuration names ports");
+        let (address, admin_address) = (tcp(&weir.addresses[0]), tcp(&weir.admin_address));
         let simulator = Simulator::new(scene.gateway.clone());
         let mut serving = JoinSet::new();
         let at_work = simulator.clone();

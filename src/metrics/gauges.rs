@@ -47,6 +47,8 @@ pub struct Gauges {
     pub buffered_bytes_limit: u64,
     /// Tokens that requests under way are estimated to take.
     pub reserved_tokens: u64,
+    /// Whether weir was told to stop.
+    pub is_draining: bool,
     /// tokio's tasks alive, of all runtimes.
     pub tasks: u64,
 }

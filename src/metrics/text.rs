@@ -279,6 +279,11 @@ fn gauge_families(gauges: &Gauges) -> Vec<MetricFamily> {
             "server.max_connections: so many clients may be connected.",
             single(gauges.client_connections_limit),
         ),
+        row(
+            "weir_draining",
+            "1 from the signal to stop on: /readyz says no, and after server.lame_duck the listeners close.",
+            single(gauges.is_draining.into()),
+        ),
         row("weir_waiting_limit", "queue.max_waiting: so many requests may wait.", single(gauges.waiting_limit)),
         row("weir_buffered_bytes", "Request bodies held in memory.", single(gauges.buffered_bytes)),
         row("weir_buffered_bytes_limit", "queue.max_bytes: so much may be held.", single(gauges.buffered_bytes_limit)),

@@ -49,6 +49,8 @@ pub struct Activity {
     requests: AtomicU64,
     /// Bytes without a request are then not the beginning of a head, but frames of any kind.
     http2: AtomicBool,
+    /// The drain has begun: the next answer ends a connection of HTTP/1.
+    last: AtomicBool,
     /// When the last request ended; at first, when the connection began.
     idle_since: Mutex<Instant>,
 }
@@ -59,8 +61,12 @@ pub struct ActiveRequest(Arc<Activity>);
 
 impl Default for Activity {
     fn default() -> Self {
-        let (requests, http2, idle_since) = (AtomicU64::new(0), AtomicBool::new(false), Mutex::new(Instant::now()));
-        Self { requests, http2, idle_since }
+        Self {
+            requests: AtomicU64::new(0),
+            http2: AtomicBool::new(false),
+            last: AtomicBool::new(false),
+            idle_since: Mutex::new(Instant::now()),
+        }
     }
 }
 
@@ -72,6 +78,16 @@ impl Activity {
         ActiveRequest(Arc::clone(self))
     }
 
+    /// From now on a request is its connection's last ([`ActiveRequest::is_last`]).
+    pub fn end_with_next_answer(&self) {
+        self.last.store(true, Ordering::Relaxed);
+    }
+
+    /// Since when no request has been served; `None` while one is.
+    pub fn idle_since(&self) -> Option<Instant> {
+        (self.begun_and_active().1 == 0).then(|| self.last_ended())
+    }
+
     /// Requests begun, and those not ended.
     fn begun_and_active(&self) -> (u64, u64) {
         let both = self.requests.load(Ordering::Acquire);
@@ -79,8 +95,16 @@ impl Activity {
         (begun, begun.wrapping_sub(ended) & 0xffff_ffff)
     }
 
-    fn idle_since(&self) -> Instant {
+    /// When the last request ended, or the connection began.
+    fn last_ended(&self) -> Instant {
         *self.idle_since.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ActiveRequest {
+    /// Whether its answer has to say that the connection ends with it.
+    pub fn is_last(&self) -> bool {
+        self.0.last.load(Ordering::Relaxed)
     }
 }
 
@@ -133,7 +157,7 @@ impl<I> Edge<I> {
     /// The connection broke or was closed, or nothing came in time.
     pub async fn detect(&mut self) -> io::Result<Protocol>
     where
-        I: AsyncRead + Unpin,
+        I: AsyncRead + AsyncWrite + Unpin,
     {
         let mut beginning = Vec::with_capacity(HTTP2_PREFACE.len());
         while HTTP2_PREFACE.starts_with(&beginning) && beginning.len() < HTTP2_PREFACE.len() {
@@ -157,7 +181,7 @@ impl<I> Edge<I> {
             (begun, 0) if begun == self.head_since.0 => {
                 Some((self.head_since.1 + self.limits.header, Some(Guard::HeaderTimeout)))
             }
-            (_, 0) => Some((self.activity.idle_since() + self.limits.keep_alive, None)),
+            (_, 0) => Some((self.activity.last_ended() + self.limits.keep_alive, None)),
             _ => None,
         }
     }
@@ -249,7 +273,7 @@ fn serialize(failure: &Failure) -> Vec<u8> {
     bytes
 }
 
-impl<I: AsyncRead + Unpin> AsyncRead for Edge<I> {
+impl<I: AsyncRead + AsyncWrite + Unpin> AsyncRead for Edge<I> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let edge = self.get_mut();
         let before = buf.filled().len();
@@ -269,6 +293,8 @@ impl<I: AsyncRead + Unpin> AsyncRead for Edge<I> {
             Some((deadline, guard)) => {
                 let error = ready!(edge.read_alarm.poll(deadline, cx, "the client sent nothing for too long"));
                 guard.into_iter().for_each(|guard| edge.bites(guard));
+                // hyper just drops it; over TLS the client should know that nobody has cut it off.
+                let _ = Pin::new(&mut edge.io).poll_shutdown(cx);
                 Poll::Ready(Err(error))
             }
             None => {

@@ -5,12 +5,14 @@
 //! (docs/benchmarks.md has the figures behind this).
 
 pub(crate) mod edge;
+mod listener;
 mod streams;
+mod tls;
 
 use std::convert::Infallible;
 use std::error::Error;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -18,21 +20,25 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Request, Response, Version};
+use http::{HeaderValue, Request, Response, Version, header};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::time::Instant;
 
 use crate::config;
 use crate::metrics::{Guard, Metrics};
 use crate::proxy::{Proxy, ResponseBody};
 use crate::relay::BrokenOff;
+
+pub use listener::{Connection, Inherited, Listener};
+pub use tls::{NewCertificate, Tls};
 
 use edge::{ActiveRequest, Activity, Edge, EdgeLimits, Protocol};
 use streams::StreamExecutor;
@@ -47,12 +53,13 @@ const CONNECTION_WINDOW: u32 = 256 << 10;
 /// Bytes of an HTTP/2 request's header list; those of HTTP/1 are counted by the proxy.
 const MAX_HEADER_LIST: u32 = 64 << 10;
 
-/// Connections that the kernel keeps until they are accepted; it has a bound of its own (`net.core.somaxconn`). With the
-/// usual 128, a burst of some hundred clients gets a reset now and then.
-const BACKLOG: u32 = 4096;
-
 /// How long to wait before accepting again when the process has no file descriptors left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a connection without a request may still bring one when the drain begins. It is answered, and ends the
+/// connection. Closed at once, the connection would meet the next request of a client in full swing, which cannot know
+/// whether that was heard (RFC 9112, 9.5); who is silent for so long hardly begins just then.
+const LAST_CALL: Duration = Duration::from_secs(1);
 
 /// Tells connections to end when they can.
 #[derive(Debug, Clone)]
@@ -95,14 +102,61 @@ impl Drain {
         // The control is gone only when the process ends.
         let _ = self.begun.wait_for(|begun| *begun).await;
     }
+
+    /// The drain has begun, and the time for requests that were on their way is over.
+    async fn last_call_over(&mut self) {
+        self.begun().await;
+        sleep(LAST_CALL).await;
+    }
 }
 
 /// Serves one connection until it ends: HTTP/1.1, or HTTP/2 where the client begins with it. `peer` is the address that
 /// it comes from, where it has one.
 ///
 /// Dropping the future closes the connection and cancels its requests.
-pub async fn serve_connection<I>(
+pub fn serve_connection<I>(
     io: I,
+    peer: Option<IpAddr>,
+    proxy: Arc<Proxy>,
+    settings: &config::Server,
+    drain: Drain,
+) -> impl Future<Output = ()>
+where
+    I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    serve_protocol(io, None, peer, proxy, settings, drain)
+}
+
+/// As [`serve_connection`], after a TLS handshake that may take `header_timeout`.
+pub async fn serve_tls_connection<I>(
+    io: I,
+    peer: Option<IpAddr>,
+    tls: &Tls,
+    proxy: Arc<Proxy>,
+    settings: &config::Server,
+    mut drain: Drain,
+) where
+    I: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static,
+{
+    let handshake = tokio::time::timeout(settings.header_timeout, tls.accept(io));
+    let accepted = tokio::select! {
+        biased;
+        accepted = handshake => accepted.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
+        () = drain.last_call_over() => return,
+    };
+    match accepted {
+        Ok((io, protocol)) => serve_protocol(io, protocol, peer, proxy, settings, drain).await,
+        Err(error) => {
+            proxy.metrics().failed_handshake();
+            tracing::debug!(%error, "a client's TLS handshake failed");
+        }
+    }
+}
+
+/// Serves a connection on which this protocol was agreed, or on which the first bytes tell.
+async fn serve_protocol<I>(
+    io: I,
+    agreed: Option<Protocol>,
     peer: Option<IpAddr>,
     proxy: Arc<Proxy>,
     settings: &config::Server,
@@ -115,32 +169,56 @@ pub async fn serve_connection<I>(
     let activity = Arc::new(Activity::default());
     let metrics = proxy.metrics().clone();
     let mut edge = Edge::new(io, activity.clone(), limits, Some(metrics.clone()));
-    let protocol = tokio::select! {
-        biased;
-        protocol = edge.detect() => protocol,
-        () = drain.begun() => return,
+    let protocol = match agreed {
+        Some(agreed) => Ok(agreed),
+        None => tokio::select! {
+            biased;
+            protocol = edge.detect() => protocol,
+            () = drain.last_call_over() => return,
+        },
     };
+    let requests = activity.clone();
     let service = service_fn(move |request: Request<Incoming>| {
-        let active = activity.begin(request.version() == Version::HTTP_2);
+        let active = requests.begin(request.version() == Version::HTTP_2);
         // Boxed: hyper moves it several times, and would keep its room for as long as the connection lives.
         Box::pin(serve(proxy.clone(), request, peer, active))
     });
     let ended: Result<(), Box<dyn Error + Send + Sync>> = match protocol {
         Ok(Protocol::Http1) => {
             let connection = http1().serve_connection(TokioIo::new(edge), service);
-            until_drained(connection, http1::Connection::graceful_shutdown, drain).await.map_err(Into::into)
+            let mut connection = pin!(connection);
+            let ended = tokio::select! {
+                biased;
+                ended = connection.as_mut() => ended,
+                () = last_call(&activity, &mut drain) => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
+            ended.map_err(Into::into)
         }
         Ok(Protocol::Http2) => {
             let connection = http2(settings.write_timeout, metrics).serve_connection(TokioIo::new(edge), service);
-            let serving = until_drained(connection, http2::Connection::graceful_shutdown, drain);
             // Boxed, so that the many of HTTP/1 need no room for it.
-            Box::pin(serving).await.map_err(Into::into)
+            let mut connection = Box::pin(connection);
+            let ended = tokio::select! {
+                biased;
+                ended = connection.as_mut() => ended,
+                () = drain.begun() => {
+                    // The client is told which of its requests are still served (RFC 9113, 6.8).
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
+            ended.map_err(Into::into)
         }
         Err(error) => Err(error.into()),
     };
     if let Err(error) = ended {
         tracing::debug!(error, "a client's connection ended early");
     }
+    // Whoever waits for the drain to end waits for this.
+    drop(drain);
 }
 
 /// Serves one request.
@@ -150,23 +228,37 @@ async fn serve(
     peer: Option<IpAddr>,
     active: ActiveRequest,
 ) -> Result<Response<Tracked>, Infallible> {
-    let response = proxy.serve(request, peer).await.map(|body| Tracked::new(body, active));
+    let is_http1 = request.version() != Version::HTTP_2;
+    let mut response = proxy.serve(request, peer).await;
+    if is_http1 && active.is_last() {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    let response = response.map(|body| Tracked::new(body, active));
     // A client whose window is shut from the start never asks for the first chunk.
     streams::gave();
     Ok(response)
 }
 
-/// Runs a connection to its end, and asks it to end when the drain begins.
-async fn until_drained<C: Future>(connection: C, shut_down: impl FnOnce(Pin<&mut C>), mut drain: Drain) -> C::Output {
-    let mut connection = pin!(connection);
-    tokio::select! {
-        biased;
-        ended = connection.as_mut() => ended,
-        () = drain.begun() => {
-            shut_down(connection.as_mut());
-            connection.await
+/// Waits for the drain, and then until the connection has been without a request for as long as [`LAST_CALL`]. From the
+/// drain on every answer of HTTP/1 says that it is the connection's last; a stream that had begun before could not say so,
+/// and its client may ask again.
+async fn last_call(activity: &Activity, drain: &mut Drain) {
+    drain.begun().await;
+    activity.end_with_next_answer();
+    let mut quiet_since = Instant::now();
+    loop {
+        sleep(quiet_since + LAST_CALL - Instant::now()).await;
+        match activity.idle_since() {
+            Some(idle_since) if idle_since <= quiet_since => return,
+            Some(idle_since) => quiet_since = idle_since,
+            None => quiet_since = Instant::now(),
         }
     }
+}
+
+/// Sleeps in a box: connections of all kinds would keep room for it all their lives.
+async fn sleep(time: Duration) {
+    Box::pin(tokio::time::sleep(time)).await;
 }
 
 fn http1() -> http1::Builder {
@@ -250,10 +342,27 @@ struct Worker {
     runtime: Handle,
 }
 
+/// A connection that belongs to no runtime.
+enum Stream {
+    Tcp(std::net::TcpStream),
+    Tls(std::net::TcpStream, Tls),
+    Unix(std::os::unix::net::UnixStream),
+}
+
+impl Stream {
+    fn new(connection: Connection, tls: Option<&Tls>) -> io::Result<Self> {
+        Ok(match (connection, tls) {
+            (Connection::Tcp(stream), None) => Self::Tcp(stream.into_std()?),
+            (Connection::Tcp(stream), Some(tls)) => Self::Tls(stream.into_std()?, tls.clone()),
+            (Connection::Unix(stream), _) => Self::Unix(stream.into_std()?),
+        })
+    }
+}
+
 /// A connection on its way to its worker.
 struct Accepted {
-    stream: std::net::TcpStream,
-    peer: IpAddr,
+    stream: Stream,
+    peer: Option<IpAddr>,
     drain: Drain,
     permit: OwnedSemaphorePermit,
 }
@@ -289,8 +398,9 @@ impl Workers {
         self.workers.iter().map(|worker| worker.runtime.metrics().num_alive_tasks()).sum()
     }
 
-    /// Accepts connections until the drain begins; then closes the listener.
-    pub async fn accept(&self, listener: TcpListener, mut drain: Drain) {
+    /// Accepts connections until the drain begins; then closes the listener. Over TCP clients have to speak TLS, where it is
+    /// given.
+    pub async fn accept(&self, listener: Listener, tls: Option<Tls>, mut drain: Drain) {
         let watching = drain.clone();
         loop {
             // Beyond the limit nobody is accepted: they wait in the kernel's backlog.
@@ -304,7 +414,10 @@ impl Workers {
                 next = next => next,
             };
             match accepted {
-                Ok((stream, address)) => self.hand_over(stream, address.ip(), watching.clone(), permit),
+                Ok((connection, peer)) => match Stream::new(connection, tls.as_ref()) {
+                    Ok(stream) => self.hand_over(Accepted { stream, peer, drain: watching.clone(), permit }),
+                    Err(error) => tracing::debug!(%error, "a connection was lost on its way"),
+                },
                 Err(error) if is_passing(&error) => {}
                 Err(error) => {
                     tracing::error!(%error, "cannot accept connections; raise the limit of open files if they have run out");
@@ -324,17 +437,12 @@ impl Workers {
         connections().acquire_owned().await.expect("the semaphore is never closed")
     }
 
-    fn hand_over(&self, stream: TcpStream, peer: IpAddr, drain: Drain, permit: OwnedSemaphorePermit) {
+    fn hand_over(&self, accepted: Accepted) {
         let idlest =
             self.workers.iter().min_by_key(|worker| worker.open.load(Ordering::Relaxed)).expect("there is a worker");
-        match stream.into_std() {
-            Ok(stream) => {
-                idlest.open.fetch_add(1, Ordering::Relaxed);
-                // A worker ends with the process only.
-                let _ = idlest.inbox.send(Accepted { stream, peer, drain, permit });
-            }
-            Err(error) => tracing::debug!(%error, "a connection was lost on its way"),
-        }
+        idlest.open.fetch_add(1, Ordering::Relaxed);
+        // A worker ends with the process only.
+        let _ = idlest.inbox.send(accepted);
     }
 }
 
@@ -362,13 +470,34 @@ async fn work(mut inbox: mpsc::UnboundedReceiver<Accepted>, proxy: Arc<Proxy>, o
         // A connection keeps the deadlines that it began with.
         let (proxy, config, place) = (proxy.clone(), proxy.config(), Place(open.clone()));
         tokio::spawn(async move {
-            match prepare(stream) {
-                Ok(stream) => serve_connection(stream, Some(peer), proxy, &config.server, drain).await,
-                Err(error) => tracing::debug!(%error, "a connection was lost on its way"),
+            if let Err(error) = serve_stream(stream, peer, proxy, &config.server, drain).await {
+                tracing::debug!(%error, "a connection was lost on its way");
             }
             drop((place, permit));
         });
     }
+}
+
+/// Serves a connection of any kind. All but plain TCP is boxed, so that plain TCP pays nothing for it.
+async fn serve_stream(
+    stream: Stream,
+    peer: Option<IpAddr>,
+    proxy: Arc<Proxy>,
+    settings: &config::Server,
+    drain: Drain,
+) -> io::Result<()> {
+    match stream {
+        Stream::Tcp(stream) => serve_connection(prepare(stream)?, peer, proxy, settings, drain).await,
+        Stream::Tls(stream, tls) => {
+            let stream = prepare(stream)?;
+            Box::pin(serve_tls_connection(stream, peer, &tls, proxy, settings, drain)).await;
+        }
+        Stream::Unix(stream) => {
+            let io = Connection::Unix(UnixStream::from_std(stream)?).into_io();
+            Box::pin(serve_connection(io, peer, proxy, settings, drain)).await;
+        }
+    }
+    Ok(())
 }
 
 /// A connection among those of its worker; given back when dropped.
@@ -385,29 +514,4 @@ fn prepare(stream: std::net::TcpStream) -> io::Result<TcpStream> {
     // An event must not wait for the acknowledgement of the one before.
     stream.set_nodelay(true)?;
     Ok(stream)
-}
-
-/// Binds an address.
-///
-/// # Errors
-/// That it is taken or not this machine's, with what to do about it.
-pub fn bind(address: SocketAddr, option: &str) -> Result<TcpListener, String> {
-    let listen = || {
-        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        // A weir that starts again need not wait for the last one's connections to be forgotten.
-        socket.set_reuseaddr(true)?;
-        socket.bind(address)?;
-        socket.listen(BACKLOG)
-    };
-    listen().map_err(|error| match error.kind() {
-        io::ErrorKind::AddrInUse => {
-            format!("cannot listen on {address}: another program does; stop it, or give {option} another port")
-        }
-        io::ErrorKind::PermissionDenied => {
-            format!(
-                "cannot listen on {address}: not allowed; ports below 1024 need a privilege, so give {option} another"
-            )
-        }
-        _ => format!("cannot listen on {address} ({option}): {error}"),
-    })
 }

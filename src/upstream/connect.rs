@@ -1,4 +1,4 @@
-//! Making a connection to the gateway: TCP, and TLS where the URL says so.
+//! Making a connection to the gateway: TCP, and TLS where the URL says so, or a unix socket.
 //!
 //! A [`Connector`] is a tower service from the gateway's URL to a byte stream; that is the seam at which a test plugs in
 //! a gateway in memory.
@@ -6,17 +6,20 @@
 use std::fmt;
 use std::future::Future;
 use std::io;
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use http::Uri;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use tower::util::BoxCloneSyncService;
+
+use crate::config::UpstreamUrl;
 
 /// Bytes in both directions.
 pub trait Transport: AsyncRead + AsyncWrite + Send + Sync + Unpin {}
@@ -55,13 +58,17 @@ impl std::error::Error for ConnectError {
     }
 }
 
-/// Connects over TCP, and over TLS for `https`, where the system's certificate authorities are trusted (`SSL_CERT_FILE` and
-/// `SSL_CERT_DIR` name others).
+/// Connects to the unix socket, where the URL has one; else over TCP, and over TLS for `https`, where the system's
+/// certificate authorities are trusted (`SSL_CERT_FILE` and `SSL_CERT_DIR` name others).
 ///
 /// # Errors
 /// `https` is asked for, and no certificate authority was found.
-pub fn network(tls: bool) -> Result<Connector, String> {
-    let tls = if tls { Some(tls_connector()?) } else { None };
+pub fn network(url: &UpstreamUrl) -> Result<Connector, String> {
+    if let Some(path) = url.socket() {
+        let path: Arc<Path> = path.into();
+        return Ok(BoxCloneSyncService::new(tower::service_fn(move |_: Uri| connect_unix(path.clone()))));
+    }
+    let tls = if url.is_tls() { Some(tls_connector()?) } else { None };
     Ok(BoxCloneSyncService::new(Network { tls }))
 }
 
@@ -91,6 +98,11 @@ impl tower::Service<Uri> for Network {
             }
         })
     }
+}
+
+async fn connect_unix(path: Arc<Path>) -> Result<Io, ConnectError> {
+    let failed = |cause| ConnectError::new(format!("cannot connect to unix:{}", path.display()), cause);
+    Ok(Box::new(UnixStream::connect(&path).await.map_err(failed)?))
 }
 
 /// Tries the host's addresses in turn.

@@ -236,25 +236,6 @@ async fn a_gateway_that_stops_reading_an_upload_is_at_fault_itself() {
     world.assert_nothing_held();
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_drain_closes_what_is_idle_and_waits_for_what_runs() {
-    let world = World::new("", |_| vec![stream_head(), event("one"), Step::Gate, Step::Send(b"0\r\n\r\n".to_vec())]);
-    let (mut idle, mut running) = (world.raw(), world.raw());
-    idle.write("GET /v1/models HTTP/1.1\r\nhost: weir.test\r\n\r\n").await;
-    world.gateway.saw(1).await;
-    world.gateway.go_on();
-    assert_eq!(idle.answer().await.expect("an answer").status, 200);
-    running.write(whole_chat(STREAM)).await;
-    world.gateway.saw(2).await;
-    world.settle().await;
-    world.drain();
-    assert_eq!((idle.rest().await.as_str(), world.elapsed()), ("", 0));
-    world.gateway.go_on();
-    assert!(running.answer().await.expect("an answer").text().contains("one"));
-    assert_eq!((running.rest().await.as_str(), world.elapsed()), ("", 0));
-    world.assert_nothing_held();
-}
-
 /// A stream of 16 MiB.
 fn endless() -> Vec<Step> {
     let piece = chunk(&format!("data: {}\n\n", "x".repeat(16 << 10)));

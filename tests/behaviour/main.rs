@@ -6,6 +6,7 @@ mod world;
 
 mod access_log;
 mod clients;
+mod drain;
 mod edge;
 mod fairness;
 mod hang_ups;
@@ -19,6 +20,7 @@ mod retries;
 mod simulation;
 mod steering;
 mod timeouts;
+mod tls;
 mod tokens;
 mod transparency;
 mod usage_option;

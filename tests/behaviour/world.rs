@@ -15,7 +15,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use weir::config::Config;
 use weir::proxy::Proxy;
-use weir::server::{self, DrainControl};
+use weir::server::{self, DrainControl, Tls};
 
 use crate::gateway::{Gateway, Seen, Step, take_message};
 
@@ -158,6 +158,15 @@ impl World {
         let (proxy, peer) = (self.proxy.clone(), self.peer);
         let (settings, watch) = (self.settings.clone(), self.watch.clone());
         tokio::spawn(async move { server::serve_connection(theirs, peer, proxy, &settings, watch).await });
+        ours
+    }
+
+    /// A new connection to a listener with TLS, as bytes.
+    pub fn connect_to_tls(&self, tls: &Tls) -> DuplexStream {
+        let (ours, theirs) = tokio::io::duplex(64 << 10);
+        let (proxy, peer, tls) = (self.proxy.clone(), self.peer, tls.clone());
+        let (settings, watch) = (self.settings.clone(), self.watch.clone());
+        tokio::spawn(async move { server::serve_tls_connection(theirs, peer, &tls, proxy, &settings, watch).await });
         ours
     }
 

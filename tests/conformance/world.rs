@@ -1,5 +1,6 @@
 //! A whole weir on sockets of this machine, before a scripted gateway.
 
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -64,12 +65,16 @@ impl World {
 
     /// A new connection.
     pub async fn client(&self) -> Client {
-        Client::connect(self.running.addresses[0]).await
+        Client::connect(self.address()).await
     }
 
     /// The same, as a socket.
     pub async fn socket(&self) -> TcpStream {
-        TcpStream::connect(self.running.addresses[0]).await.expect("weir listens")
+        TcpStream::connect(self.address()).await.expect("weir listens")
+    }
+
+    fn address(&self) -> SocketAddr {
+        self.running.addresses[0].tcp().expect("the configuration names ports")
     }
 
     /// What these bytes are answered with, on a connection of their own.
@@ -103,13 +108,13 @@ impl World {
     }
 
     async fn held(&self) -> Vec<String> {
-        let mut admin = Client::connect(self.running.admin_address).await;
+        let mut admin = Client::connect(self.running.admin_address.tcp().expect("the configuration names ports")).await;
         admin.write("GET /metrics HTTP/1.1\r\nhost: admin.test\r\nconnection: close\r\n\r\n").await;
         let metrics = admin.answer().await.expect("an answer").text();
         const HELD: [&str; 5] = [
             "weir_in_flight{",
             "weir_waiting{",
-            "weir_buffered_bytes",
+            "weir_buffered_bytes ",
             "weir_reserved_tokens",
             "weir_upstream_connections{state=\"active\"}",
         ];

@@ -1,0 +1,220 @@
+//! A drain: nobody who was let in is turned away, and every connection ends as soon as it can.
+
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+
+use crate::gateway::{Step, answer, completion, event, stream_head};
+use crate::world::{CHAT, STREAM, World, chat, collect, over_http2};
+
+const SECOND: Duration = Duration::from_secs(1);
+
+const GET: &str = "GET /v1/models HTTP/1.1\r\nhost: weir.test\r\n\r\n";
+
+fn post(body: &str) -> String {
+    let length = body.len();
+    format!("POST /v1/chat/completions HTTP/1.1\r\nhost: weir.test\r\ncontent-length: {length}\r\n\r\n{body}")
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_without_a_request_has_a_second_left_and_one_with_a_stream_a_second_after_it() {
+    let world = World::new("", |_| vec![stream_head(), event("one"), Step::Gate, Step::Send(b"0\r\n\r\n".to_vec())]);
+    let (mut idle, mut silent, mut running) = (world.raw(), world.raw(), world.raw());
+    idle.write(GET).await;
+    world.gateway.saw(1).await;
+    world.gateway.go_on();
+    assert_eq!(idle.answer().await.expect("an answer").header("connection"), "");
+    running.write(post(STREAM)).await;
+    world.gateway.saw(2).await;
+    world.settle().await;
+    world.drain();
+    assert_eq!((idle.rest().await.as_str(), world.elapsed()), ("", 1000));
+    assert_eq!((silent.rest().await.as_str(), world.elapsed()), ("", 1000));
+    tokio::time::sleep(60 * SECOND).await;
+    world.gateway.go_on();
+    assert!(running.answer().await.expect("an answer").text().contains("one"));
+    assert_eq!((running.rest().await.as_str(), world.elapsed()), ("", 62_000));
+    world.assert_nothing_held();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_crosses_the_drain_is_answered_and_ends_its_connection() {
+    let world = World::new("", |_| [vec![Step::Wait(30 * SECOND)], completion()].concat());
+    let mut kept_alive = world.raw();
+    kept_alive.write(post(CHAT)).await;
+    assert_eq!(kept_alive.answer().await.expect("an answer").header("connection"), "");
+    let mut new = world.raw();
+    world.drain();
+    tokio::time::sleep(Duration::from_millis(900)).await;
+    for client in [&mut kept_alive, &mut new] {
+        client.write(post(CHAT)).await;
+    }
+    for client in [&mut kept_alive, &mut new] {
+        let answer = client.answer().await.expect("an answer");
+        assert_eq!((answer.status.as_u16(), answer.header("connection")), (200, "close"));
+        assert_eq!(client.rest().await, "");
+    }
+    // Their starts are paced. The connections end with the answers, not with a deadline.
+    assert!((60_900..61_000).contains(&world.elapsed()), "{}", world.elapsed());
+    world.assert_nothing_held();
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_was_not_told_by_a_stream_that_this_was_the_last_may_ask_once_more() {
+    let stream = || vec![stream_head(), event("one"), Step::Wait(10 * SECOND), Step::Send(b"0\r\n\r\n".to_vec())];
+    let world = World::new("", move |_| stream());
+    let mut client = world.raw();
+    client.write(post(STREAM)).await;
+    world.gateway.saw(1).await;
+    world.settle().await;
+    world.drain();
+    assert_eq!(client.answer().await.expect("an answer").header("connection"), "");
+    client.write(post(STREAM)).await;
+    assert_eq!(client.answer().await.expect("an answer").header("connection"), "close");
+    assert_eq!(client.rest().await, "");
+    assert!((20_000..20_100).contains(&world.elapsed()), "{}", world.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_has_not_begun_when_the_drain_does_says_that_the_connection_ends() {
+    let world = World::new("", |_| vec![Step::Gate].into_iter().chain(completion()).collect());
+    let mut client = world.raw();
+    client.write(post(CHAT)).await;
+    world.gateway.saw(1).await;
+    world.drain();
+    world.settle().await;
+    world.gateway.go_on();
+    let answer = client.answer().await.expect("an answer");
+    assert_eq!((answer.status.as_u16(), answer.header("connection")), (200, "close"));
+    assert_eq!((client.rest().await.as_str(), world.elapsed()), ("", 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_head_that_has_begun_to_come_may_take_its_time_in_the_drain_too() {
+    let world = World::new("[server]\nheader_timeout = \"10s\"\n", |_| answer(200, &[], "{}"));
+    let (mut slow, mut dripping) = (world.raw(), world.raw());
+    for client in [&mut slow, &mut dripping] {
+        client.write("GET /v1/models HTTP/1.1\r\nx-drip: ").await;
+    }
+    world.settle().await;
+    world.drain();
+    tokio::time::sleep(5 * SECOND).await;
+    slow.write("x\r\nhost: weir.test\r\n\r\n").await;
+    let answer = slow.answer().await.expect("an answer");
+    assert_eq!((answer.status.as_u16(), answer.header("connection")), (200, "close"));
+    assert!(dripping.drip("x", SECOND).await.is_none());
+    assert_eq!(world.elapsed(), 10_000);
+}
+
+/// A frame of HTTP/2 (RFC 9113, 4.1).
+#[derive(Debug)]
+struct Frame {
+    kind: u8,
+    flags: u8,
+    stream: u32,
+    payload: Vec<u8>,
+}
+
+const HEADERS: u8 = 1;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const GO_AWAY: u8 = 7;
+
+impl Frame {
+    fn bytes(&self) -> Vec<u8> {
+        let length = u32::try_from(self.payload.len()).expect("a short one").to_be_bytes();
+        [&length[1..], &[self.kind, self.flags], &self.stream.to_be_bytes(), &self.payload].concat()
+    }
+
+    /// `GET /v1/models`, in headers that refer to nothing before.
+    fn get(stream: u32) -> Self {
+        let text = |name, text: &str| [&[name, text.len() as u8], text.as_bytes()].concat();
+        let payload = [vec![0x82, 0x86], text(4, "/v1/models"), text(1, "weir.test")].concat();
+        Self { kind: HEADERS, flags: 5, stream, payload }
+    }
+
+    /// The frames that weir has written, as far as they are there.
+    async fn read_until(
+        client: &mut DuplexStream,
+        unread: &mut Vec<u8>,
+        mut last: impl FnMut(&Self) -> bool,
+    ) -> Vec<Self> {
+        let mut frames = Vec::new();
+        loop {
+            while unread.len() >= 9 {
+                let length = usize::from(unread[1]) << 8 | usize::from(unread[2]);
+                if unread.len() < 9 + length {
+                    break;
+                }
+                let frame: Vec<u8> = unread.drain(..9 + length).collect();
+                let stream = u32::from_be_bytes(frame[5..9].try_into().expect("four bytes"));
+                frames.push(Self { kind: frame[3], flags: frame[4], stream, payload: frame[9..].to_vec() });
+                if frames.last().is_some_and(&mut last) {
+                    return frames;
+                }
+            }
+            if client.read_buf(unread).await.expect("no reset") == 0 {
+                return frames;
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn on_http2_what_was_asked_before_the_client_heard_of_the_drain_is_served() {
+    let world = World::new("", |_| [vec![Step::Wait(30 * SECOND)], answer(200, &[], "{}")].concat());
+    let (mut client, mut unread) = (world.connect(), Vec::new());
+    let settings = Frame { kind: SETTINGS, flags: 0, stream: 0, payload: Vec::new() }.bytes();
+    let first = Frame::get(1).bytes();
+    client.write_all(&[b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &settings[..], &first].concat()).await.expect("room");
+    world.gateway.saw(1).await;
+    world.drain();
+    world.settle().await;
+    // weir has told, and the client has not read it.
+    client.write_all(&Frame::get(3).bytes()).await.expect("room");
+    let told = Frame::read_until(&mut client, &mut unread, |frame| frame.kind == PING).await;
+    assert!(told.iter().any(|frame| frame.kind == GO_AWAY), "{told:?}");
+    let ping = told.into_iter().next_back().expect("a ping").payload;
+    client.write_all(&Frame { kind: PING, flags: 1, stream: 0, payload: ping }.bytes()).await.expect("room");
+    let rest = Frame::read_until(&mut client, &mut unread, |_| false).await;
+    let answered: Vec<u32> = rest.iter().filter(|frame| frame.kind == HEADERS).map(|frame| frame.stream).collect();
+    assert_eq!(answered, [1, 3], "both are, and then the connection ends");
+    let last = rest.iter().find(|frame| frame.kind == GO_AWAY).expect("the last word").payload[3];
+    assert_eq!(last, 3, "the client knows that whatever came after it was not heard");
+    assert_eq!(world.gateway.seen().len(), 2);
+    world.assert_nothing_held();
+}
+
+#[tokio::test(start_paused = true)]
+async fn on_http2_nothing_in_an_answer_speaks_of_the_connection() {
+    let world = World::new("", |_| vec![Step::Gate].into_iter().chain(completion()).collect());
+    let mut sender = world.http2().await;
+    let asked = sender.send_request(over_http2(chat(CHAT)));
+    world.gateway.saw(1).await;
+    world.drain();
+    world.settle().await;
+    world.gateway.go_on();
+    let answer = collect(asked.await.expect("an answer")).await;
+    // RFC 9113, 8.2.2.
+    assert_eq!((answer.status.as_u16(), answer.header("connection")), (200, ""));
+    world.settle().await;
+    assert!(sender.is_closed(), "the connection ends with its last answer");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_http2_connection_that_is_idle_or_just_begun_ends_at_once() {
+    let world = World::new("", |_| completion());
+    let idle = world.http2().await;
+    world.settle().await;
+    world.drain();
+    world.settle().await;
+    assert!(idle.is_closed());
+    // Accepted before, and only now telling what it speaks.
+    let mut late = world.http2().await;
+    if let Ok(response) = late.send_request(over_http2(chat(CHAT))).await {
+        assert_eq!(collect(response).await.status, 200);
+    }
+    world.settle().await;
+    assert!(late.is_closed());
+    assert_eq!(world.elapsed(), 0);
+}
