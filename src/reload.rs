@@ -148,10 +148,12 @@ impl Reloader {
     /// Counts a reload, and tells the operator of it.
     fn record(&self, outcome: &Result<Report, NotReloaded>) {
         let result = match outcome {
-            Ok(_) => ReloadResult::Applied,
-            Err(_) => ReloadResult::Refused,
+            Ok(_) => Some(ReloadResult::Applied),
+            // That says nothing about a configuration.
+            Err(NotReloaded::Stopping) => None,
+            Err(_) => Some(ReloadResult::Refused),
         };
-        self.proxy.metrics().reload(result, SystemTime::now());
+        result.into_iter().for_each(|result| self.proxy.metrics().reload(result, SystemTime::now()));
         match outcome {
             Ok(Report { changes }) => {
                 for change in changes {

@@ -62,12 +62,12 @@ impl Program {
     }
 
     fn terminate(&self) {
-        assert!(self.signal("-TERM"));
+        self.signal("-TERM");
     }
 
-    fn signal(&self, signal: &str) -> bool {
+    fn signal(&self, signal: &str) {
         let sent = Command::new("kill").arg(signal).arg(self.child.id().to_string()).status();
-        sent.expect("there is a kill").success()
+        assert!(sent.expect("there is a kill").success());
     }
 
     /// Waits until it has ended by itself.
@@ -116,6 +116,9 @@ impl Gateway {
 /// A weir that serves.
 struct Weir {
     program: Program,
+    /// Its configuration, and what is in it.
+    file: PathBuf,
+    config: String,
     address: SocketAddr,
     admin: SocketAddr,
 }
@@ -130,7 +133,8 @@ impl Weir {
         let config = if config.contains("[server]") { config.to_owned() } else { format!("[server]\n{config}") };
         let ports = "[server]\nlisten = \"127.0.0.1:0\"\nadmin_listen = \"127.0.0.1:0\"\n";
         let config = config.replacen("[server]\n", ports, 1);
-        let file = config_file(&format!("{config}\n[upstream]\nbase_url = {base_url:?}\n"));
+        let config = format!("{config}\n[upstream]\nbase_url = {base_url:?}\n");
+        let file = config_file(&config);
         let mut command = weir();
         command.arg("serve").arg("--config").arg(&file);
         prepare(&mut command);
@@ -138,7 +142,20 @@ impl Weir {
         let line: serde_json::Value = serde_json::from_str(&program.says("\"listening\"")).expect("a JSON line");
         let address = |name: &str| line[name].as_str().and_then(|text| text.parse().ok()).expect("an address");
         assert_eq!((line["message"].as_str(), line["level"].as_str()), (Some("listening"), Some("INFO")));
-        Self { address: address("address"), admin: address("admin"), program }
+        Self { address: address("address"), admin: address("admin"), program, file, config }
+    }
+
+    /// Writes more tables into its file, behind those that it began with.
+    fn rewrite(&self, more: &str) {
+        std::fs::write(&self.file, format!("{}\n{more}", self.config)).expect("it was written before");
+    }
+
+    /// The value of a series on /metrics.
+    #[track_caller]
+    fn metric(&self, series: &str) -> f64 {
+        let (_, metrics) = get(self.admin, "/metrics");
+        let value = metrics.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok());
+        value.unwrap_or_else(|| panic!("{series} is not in {metrics}"))
     }
 }
 
@@ -289,8 +306,8 @@ fn a_file_that_is_renamed_is_opened_anew_on_sighup_and_no_line_is_lost() {
         }
         let old = file.with_extension(turn.to_string());
         std::fs::rename(&file, &old).expect("a file");
-        let renamed = weir.program.signal("-HUP");
-        assert!(renamed && weir.program.says("opened anew").contains("INFO"));
+        weir.program.signal("-HUP");
+        assert!(weir.program.says("opened anew").contains("INFO"));
         // What ends from now on is in the new file.
         assert_eq!(chat(weir.address, CHAT).status, 200);
         assert_eq!(lines_of(&old).len(), all);
@@ -558,6 +575,121 @@ fn a_second_sigterm_ends_a_lame_duck_at_once() {
     weir.program.terminate();
     assert_eq!(weir.program.ends().code(), Some(0));
     assert!(!stream.rest().contains("[DONE]"));
+}
+
+// Reloading.
+
+#[test]
+fn sighup_puts_the_file_in_force_while_a_stream_runs_and_a_bad_file_changes_nothing() {
+    let gateway = Gateway::start(&SHORT_STREAM);
+    let weir = Weir::start(&gateway, "");
+    let mut stream = chat(weir.address, STREAM);
+    stream.comes("data: ");
+    weir.rewrite("[clients.a]\nkey = \"sk-a\"\n[log]\nlevel = \"debug\"\n[limits]\nrequests = \"600/min\"\n");
+    weir.program.signal("-HUP");
+    weir.program.says("the configuration was reloaded");
+    assert_eq!(chat(weir.address, CHAT).status, 401, "only the client's key is served now");
+    // What is logged at that level only.
+    let mut garbage = TcpStream::connect(weir.admin).expect("it listens");
+    garbage.write_all(b"no request\r\n\r\n").expect("the kernel takes the bytes");
+    weir.program.says("DEBUG");
+    assert_eq!(weir.metric(r#"weir_limit_capacity{scope="global",name="",unit="requests"}"#), 60.0);
+
+    weir.rewrite(
+        "[limits]\nrequests = \"600\"\n[timeouts]\nconnect = \"soon\"\n[clients.a]\nkey = \"sk-a\"\nweight = -1\n",
+    );
+    weir.program.signal("-HUP");
+    let lines = weir.config.lines().count();
+    for (line, option) in
+        [(lines + 3, "limits.requests"), (lines + 5, "timeouts.connect"), (lines + 8, "clients.a.weight")]
+    {
+        let said: serde_json::Value = serde_json::from_str(&weir.program.says(option)).expect("a JSON line");
+        assert_eq!((said["level"].as_str(), said["line"].as_u64()), (Some("ERROR"), Some(line as u64)), "{said}");
+        assert_eq!(said["file"].as_str(), weir.file.to_str());
+    }
+    weir.program.says("nothing has changed");
+    assert_eq!(weir.metric(r#"weir_limit_capacity{scope="global",name="",unit="requests"}"#), 60.0);
+    assert_eq!(chat(weir.address, CHAT).status, 401);
+    let results =
+        ["applied", "refused"].map(|result| weir.metric(&format!("weir_reloads_total{{result=\"{result}\"}}")));
+    assert_eq!((results, weir.metric("weir_config_last_reload_successful")), ([1.0, 1.0], 0.0));
+    assert!(weir.metric("weir_config_last_reload_success_timestamp_seconds") > 1.7e9);
+    let rest = stream.rest();
+    assert!(rest.contains("data: [DONE]") && rest.ends_with("0\r\n\r\n"), "{rest}");
+}
+
+#[test]
+fn post_reload_says_what_has_changed_or_why_nothing_has() {
+    let gateway = Gateway::start(&LONG_STREAM);
+    let weir = Weir::start(&gateway, "");
+    let reload = || {
+        let answer = ask(weir.admin, "POST", "/reload", "").expect("an answer");
+        (answer.status, answer.rest())
+    };
+    assert_eq!(reload(), (200, "reloaded; nothing is different\n".to_owned()));
+    weir.rewrite("[limits]\nconcurrency = 7\n[timeouts]\nidle = \"1min\"\n");
+    let (status, report) = reload();
+    assert_eq!(status, 200, "{report}");
+    assert_eq!(
+        report,
+        "reloaded; 2 options are different:\n  limits.concurrency = 7 (was \"adaptive\")\n  \
+         timeouts.idle = \"1min\" (was \"5min\")\n"
+    );
+    weir.rewrite("[limits]\nconcurrency = 0\n[queue]\nmax_wait = \"long\"\n");
+    let (status, complaints) = reload();
+    assert_eq!(status, 422, "{complaints}");
+    for words in ["nothing has changed", "limits.concurrency", "queue.max_wait", &*weir.file.to_string_lossy()] {
+        assert!(complaints.contains(words), "{words} is not in {complaints}");
+    }
+    weir.rewrite("[log]\nformat = \"text\"\n[limits]\nconcurrency = 9\n");
+    let (status, refused) = reload();
+    assert_eq!(status, 409, "{refused}");
+    assert!(refused.contains("restart") && refused.contains("log.format = \"text\""), "{refused}");
+    assert_eq!(weir.metric(r#"weir_limit_capacity{scope="global",name="",unit="concurrency"}"#), 7.0);
+    assert_eq!(get(weir.admin, "/reload").0, 405);
+
+    let mut stream = chat(weir.address, STREAM);
+    stream.comes("data: ");
+    weir.program.terminate();
+    weir.program.says("\"draining\"");
+    assert_eq!(reload().0, 503);
+}
+
+#[test]
+fn a_file_that_is_gone_is_said_to_be_and_ends_nothing() {
+    let mut command = weir();
+    command
+        .arg("serve")
+        .arg("--config")
+        .arg(config_file("[server]\nlisten = \"127.0.0.1:0\"\nadmin_listen = \"127.0.0.1:0\"\n"));
+    let gone = Program::start(&mut command);
+    let line: serde_json::Value = serde_json::from_str(&gone.says("\"listening\"")).expect("a JSON line");
+    let admin: SocketAddr = line["admin"].as_str().and_then(|text| text.parse().ok()).expect("an address");
+    std::fs::remove_file(PathBuf::from(command.get_args().last().expect("a file"))).expect("it is there");
+    gone.signal("-HUP");
+    let said = gone.says("cannot read");
+    assert!(said.contains("ERROR"), "{said}");
+    assert_eq!(get(admin, "/livez").0, 200, "it runs on");
+}
+
+#[test]
+fn without_a_file_there_is_none_to_reload() {
+    use weir::config::Config;
+    use weir::run::Running;
+
+    let parse = |text: &str| Config::parse(text, &|_| None).expect("a good configuration");
+    let ports = "[server]\nlisten = \"127.0.0.1:0\"\nadmin_listen = \"127.0.0.1:0\"\n";
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+    let _inside = runtime.enter();
+    let running = Running::start(parse(ports)).expect("it starts");
+    let admin = running.admin_address.tcp().expect("an address and a port");
+    let answer = ask(admin, "POST", "/reload", "").expect("an answer");
+    assert_eq!((answer.status, answer.rest().contains("--config FILE")), (409, true));
+    let report = running.reload(parse(&format!("{ports}[limits]\nconcurrency = 3\n"))).expect("it can change live");
+    assert_eq!(report.changes.len(), 1, "{report}");
+    let (_, metrics) = get(admin, "/metrics");
+    assert!(metrics.contains("weir_limit_capacity{scope=\"global\",name=\"\",unit=\"concurrency\"} 3\n"), "{metrics}");
 }
 
 // Configuration and arguments.

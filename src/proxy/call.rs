@@ -12,7 +12,7 @@ use super::body::{self, Read, ReadLimits, Upload, UploadWatch};
 use super::fields;
 use super::route::Route;
 use super::settings::Settings;
-use super::{Proxy, Shared};
+use super::{Asked, Proxy, Shared};
 use crate::admission::{Applicant, HeldBytes, Lane, Size};
 use crate::clients::Caller;
 use crate::config::Config;
@@ -81,16 +81,16 @@ impl Proxy {
     /// Reads what the request asks for, and its body unless that streams through.
     pub(super) async fn read<'s>(
         &self,
-        settings: &'s Settings,
         mut head: request::Parts,
         target: Uri,
         endpoint: Option<Endpoint>,
         caller: Caller,
-        body: &mut Option<Incoming>,
+        asked: &mut Asked<'s>,
         ledger: &mut Ledger,
     ) -> Result<Call<'s>, Failure> {
+        let settings = asked.settings;
         let mut held = self.shared.memory.hold(caller.tenant, settings.clients.weight(caller.client));
-        let body = read_body(&settings.config, endpoint, body, &mut held, ledger).await?;
+        let body = read_body(&settings.config, endpoint, &mut asked.body, &mut held, ledger).await?;
         let peek = match (&body, endpoint) {
             (CallBody::Whole(bytes), Some(_)) => call::peek(bytes).map_err(|duplicate| duplicate_key(&duplicate))?,
             _ => call::Peek::default(),

@@ -238,12 +238,12 @@ impl Proxy {
         let settings = self.shared.settings();
         let (head, body) = request.into_parts();
         ledger.begins(&head);
-        let (version, mut asked) = (head.version, Asked { body: Some(body), applicant: None });
+        let (version, mut asked) = (head.version, Asked { settings: &settings, body: Some(body), applicant: None });
         // A copy: what shares hyper's read buffer keeps it from being used again.
         let request_id =
             head.headers.get(&headers::REQUEST_ID).and_then(|id| HeaderValue::from_bytes(id.as_bytes()).ok());
         let endpoint = route::route(&head.method, head.uri.path()).and_then(|route| route.endpoint);
-        let mut response = match self.story(&settings, head, &mut asked, peer, &mut ledger).await {
+        let mut response = match self.story(head, &mut asked, peer, &mut ledger).await {
             Ok(answer) => self.respond(answer, endpoint, request_id, ledger),
             Err(failure) => {
                 if let (Some(unread), Version::HTTP_2) = (&mut asked.body, version) {
@@ -268,18 +268,18 @@ impl Proxy {
     /// The story of one request.
     async fn story(
         &self,
-        settings: &Settings,
         head: request::Parts,
-        asked: &mut Asked,
+        asked: &mut Asked<'_>,
         peer: Option<IpAddr>,
         ledger: &mut Ledger,
     ) -> Result<Box<Answer>, Failure> {
+        let settings = asked.settings;
         fields::check(&head, &self.shared.via)?;
         let route = route::route(&head.method, head.uri.path()).ok_or_else(|| call::unknown_path(&head))?;
         let (target, endpoint) = (Self::target(settings, &route, head.uri.query())?, route.endpoint);
         let caller = settings.clients.identify(&head.headers, peer)?;
         ledger.set_client(caller.client);
-        let mut call = self.read(settings, head, target, endpoint, caller, &mut asked.body, ledger).await?;
+        let mut call = self.read(head, target, endpoint, caller, asked, ledger).await?;
         let applicant = asked.applicant.insert(self.applicant(&call, ledger.arrived()));
         let mut tries = Tries {
             retries: 0,
@@ -494,7 +494,9 @@ fn time_left(call: &Call<'_>, ledger: &Ledger) -> Duration {
 }
 
 /// What is left of a request, and known of it, when its story has ended.
-struct Asked {
+struct Asked<'s> {
+    /// What was in force when it arrived.
+    settings: &'s Settings,
     /// Taken when it has been read, or is being passed on.
     body: Option<Incoming>,
     /// How it applied for its permits.
