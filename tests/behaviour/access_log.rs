@@ -334,3 +334,32 @@ async fn it_can_be_switched_off_and_on_while_requests_run() {
     assert_eq!(unseen.await.expect("answered").status, 200);
     assert_eq!(later.all().len(), 1);
 }
+
+/// docs/access-log.md has a table of the fields, and examples.
+#[tokio::test(start_paused = true)]
+async fn every_field_is_documented_and_the_examples_have_no_others() {
+    let text = include_str!("../../docs/access-log.md");
+    let cells = text.lines().filter(|line| line.starts_with("| `")).filter_map(|line| line.split('|').nth(1));
+    let fields: Vec<&str> = cells.flat_map(|cell| cell.split(", ")).map(|name| name.trim().trim_matches('`')).collect();
+    let examples: Vec<Value> = text.lines().filter(|line| line.starts_with('{')).map(parse).collect();
+    assert_eq!(examples.len(), 2);
+
+    let config = "[models.\"gpt-4.1-mini\"]\nrequests = { rate = \"1/h\", burst = 1 }\n[queue]\nmax_wait = \"0s\"\n";
+    let world = World::new(config, |_| crate::gateway::stream(&["a"]));
+    let lines = Lines::of(&world);
+    let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    world.send(with(chat(STREAM), "traceparent", parent)).await;
+    world.chat().await;
+    world.send(chat(r#"{"model":"new"}"#)).await;
+    let mut written = lines.all();
+    assert_eq!(written.len(), 3);
+    written.extend(examples);
+    for line in &written {
+        for name in line.as_object().expect("an object").keys() {
+            assert!(fields.contains(&name.as_str()), "{name} is not in docs/access-log.md");
+        }
+    }
+    for field in fields.iter().filter(|field| **field != "time") {
+        assert!(written.iter().any(|line| line.get(field).is_some()), "nothing has {field}");
+    }
+}
