@@ -195,7 +195,7 @@ def running_weir(directory: Path, upstream: str, config: str = "") -> Iterator[W
 
 
 def config_with(upstream: str, config: str) -> str:
-    """Test settings first, then `config`, whose tables may add to them."""
+    """Test settings first, then `config`, whose tables may add to them, or set one otherwise."""
     tables: dict[str, list[str]] = {
         "[server]": ['listen = "127.0.0.1:0"', 'admin_listen = "127.0.0.1:0"', 'drain = "1s"'],
         "[upstream]": [f'base_url = "{upstream}"'],
@@ -207,7 +207,9 @@ def config_with(upstream: str, config: str) -> str:
             table = line
             tables.setdefault(table, [])
         else:
-            tables[table].append(line)
+            key = line.partition("=")[0].strip()
+            others = [other for other in tables[table] if other.partition("=")[0].strip() != key]
+            tables[table] = [*others, line]
     return "\n".join("\n".join([table, *lines]) for table, lines in tables.items())
 
 
