@@ -39,6 +39,11 @@ impl ClientId {
     pub fn index(self) -> usize {
         usize::from(self.0)
     }
+
+    /// The first so many, [`ClientId::NONE`] before all.
+    pub fn all(count: usize) -> impl Iterator<Item = Self> {
+        (0..count).map(|index| Self(u16::try_from(index).expect("the configuration has few enough clients")))
+    }
 }
 
 /// Who gets a share of its own when there is a queue.
@@ -137,7 +142,23 @@ impl Clients {
 
     /// Every client that the configuration names.
     pub fn ids(&self) -> impl Iterator<Item = ClientId> {
-        (1..self.known.len()).map(|index| ClientId(u16::try_from(index).expect("an id was made of it")))
+        ClientId::all(self.known.len()).skip(1)
+    }
+
+    /// The client of that name.
+    pub fn find_by_name(&self, name: &str) -> Option<ClientId> {
+        self.ids().find(|id| &**self.name(*id) == name)
+    }
+
+    /// Whose quota at the gateway a client's requests use: [`Caller::credential`] of what it sends.
+    pub fn credential(&self, id: ClientId) -> u64 {
+        let key = self.known[id.index()].key.as_ref().filter(|_| !self.lends_its_key);
+        key.map_or(0, |key| fingerprint(&self.fingerprints, key.reveal().as_bytes()))
+    }
+
+    /// Whether weir has a key of its own, so that all clients have one lane for each model.
+    pub fn share_a_key(&self) -> bool {
+        self.lends_its_key
     }
 
     /// The client's share when there is a queue.

@@ -21,5 +21,6 @@ pub mod proxy;
 pub mod server;
 pub mod admin;
 pub mod run;
+pub mod explain;
 pub mod simulator;
 pub mod demo;

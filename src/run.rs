@@ -43,13 +43,20 @@ impl Running {
         let address = |listener: &tokio::net::TcpListener| listener.local_addr().map_err(|error| error.to_string());
         let addresses = bound.iter().map(address).collect::<Result<_, _>>()?;
         let admin_address = address(&admin_listener)?;
+        if settings.admin_token.is_none() && !admin_address.ip().is_loopback() {
+            tracing::warn!(
+                address = %admin_address,
+                "the admin listener can be reached from other machines, and asks for no token: whoever finds it sees clients, \
+                 models and limits; set server.admin_token, or server.admin_listen to a loopback address"
+            );
+        }
 
         let proxy = Proxy::new(Arc::new(config), connector);
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let workers =
             Workers::start(cores, &proxy, &settings).map_err(|error| format!("cannot start a worker: {error}"))?;
         let workers = Arc::new(workers);
-        let admin = Admin::new(proxy.for_another_worker(), workers.clone());
+        let admin = Admin::new(proxy.for_another_worker(), workers.clone(), settings.admin_token.clone());
         let (control, drain) = DrainControl::new();
         let mut listeners = JoinSet::new();
         for listener in bound {
@@ -57,6 +64,7 @@ impl Running {
             listeners.spawn(async move { workers.accept(listener, drain).await });
         }
         listeners.spawn(admin.clone().serve(admin_listener));
+        listeners.spawn(admin.clone().keep_history());
         Ok(Self {
             addresses,
             admin_address,

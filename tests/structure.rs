@@ -9,11 +9,12 @@ const HOMES: [(&str, &[&str]); 7] = [
     ("governor", &["src/admission/bucket.rs"]),
     ("httparse", &["src/upstream/"]),
     ("prometheus", &["src/metrics/"]),
-    // Jitter; the age of a connection; the name of a process, and the generator that jitter is given.
-    ("rand", &["src/retry/mod.rs", "src/upstream/pool.rs", "src/proxy/mod.rs"]),
-    ("serde_json", &["src/openai/", "src/simulator/", "src/demo.rs", "src/demo/"]),
-    // Keys are compared in one place.
-    ("subtle", &["src/clients.rs"]),
+    // Jitter; the age of a connection; the name of a process, and the generator that jitter is given; a nonce.
+    ("rand", &["src/retry/mod.rs", "src/upstream/pool.rs", "src/proxy/mod.rs", "src/admin/page.rs"]),
+    // The wire format, and what operators' programs read.
+    ("serde_json", &["src/openai/", "src/admin/", "src/explain.rs", "src/simulator/", "src/demo.rs", "src/demo/"]),
+    // Keys are compared in one place, and the operators' token in another.
+    ("subtle", &["src/clients.rs", "src/admin/token.rs"]),
     ("toml", &["src/config/"]),
 ];
 

@@ -51,6 +51,8 @@ pub struct Config {
 pub struct Server {
     pub listen: Vec<SocketAddr>,
     pub admin_listen: SocketAddr,
+    /// What operators have to send; absent, whoever can connect is one.
+    pub admin_token: Option<Secret>,
     /// Bytes of a metered call's body.
     pub max_body: u64,
     pub max_connections: u32,
@@ -246,7 +248,7 @@ impl Config {
         let clients = root.sections("clients");
         Self {
             models: models.iter().map(|(name, section)| (name.to_string(), LimitTable::read(section))).collect(),
-            server: Server::read(&root.section("server"), &upstream, !clients.is_empty()),
+            server: Server::read(&root.section("server"), &upstream, !clients.is_empty(), env),
             clients: Client::read_all(&clients, env),
             upstream,
             limits,
@@ -260,9 +262,13 @@ impl Config {
 }
 
 impl Server {
-    fn read(section: &Section<'_>, upstream: &Upstream, knows_clients: bool) -> Self {
+    fn read(
+        section: &Section<'_>,
+        upstream: &Upstream,
+        knows_clients: bool,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Self {
         section.not_yet("tls", "end TLS in front of it and leave tls out");
-        section.not_yet("admin_token", "keep admin_listen on a loopback address and leave admin_token out");
         section.not_yet("lame_duck", "leave it out");
         let server = Self {
             listen: section
@@ -271,6 +277,7 @@ impl Server {
                 .map(|l| l.0)
                 .collect(),
             admin_listen: section.get_or("admin_listen", Listen(loopback(9090))).0,
+            admin_token: Secret::read(section, "admin_token", env),
             max_body: section.get_checked("max_body", Size(32 << 20), |size| size.at_least(1 << 10)).0,
             max_connections: section.get_checked("max_connections", 10_000, positive),
             header_timeout: section.get_checked("header_timeout", Duration::from_secs(10), some_time),

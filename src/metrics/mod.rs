@@ -6,6 +6,7 @@
 //! series. Gauges are read when scraped.
 
 mod gauges;
+mod reading;
 mod text;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,6 +21,7 @@ use crate::error::Cause;
 use crate::models::{ModelId, Models};
 
 pub use gauges::{Gauges, LimitGauge, ModelGauges};
+pub use reading::{Counts, Distribution, ModelReading, Reading};
 
 /// Defines a label's closed vocabulary.
 macro_rules! vocabulary {

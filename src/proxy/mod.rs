@@ -139,6 +139,21 @@ impl Proxy {
         self.shared.books.recent_errors.latest()
     }
 
+    /// Who is known, and how.
+    pub fn clients(&self) -> &Clients {
+        &self.shared.clients
+    }
+
+    /// The models known by name.
+    pub fn models(&self) -> &Models {
+        &self.shared.models
+    }
+
+    /// The configuration in force.
+    pub fn config(&self) -> &Config {
+        &self.shared.config
+    }
+
     /// What there is to see now; of tasks and clients' connections the proxy knows nothing.
     pub fn gauges(&self) -> Gauges {
         let (connections_active, connections_idle) = self.shared.connections.active_and_idle();

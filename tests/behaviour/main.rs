@@ -4,6 +4,7 @@ mod gateway;
 mod network;
 mod world;
 
+mod admin;
 mod clients;
 mod edge;
 mod fairness;
