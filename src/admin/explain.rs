@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::limit::{Breaker, CoolDown, HeldBy, LimitStatus, rounded, seconds};
 use crate::admission::{Lane, LaneView, Level, LimitView, Newcomer, Outlook, Scope};
-use crate::clients::{ClientId, Tenant};
+use crate::clients::{ClientId, Clients, Tenant};
 use crate::config::Mode;
 use crate::metrics::{ModelReading, Outcome, Reading};
 use crate::models::ModelId;
@@ -105,10 +105,10 @@ impl Explanation {
     /// # Errors
     /// The client is not known.
     pub fn of(question: &Question, proxy: &Proxy, reading: &Reading) -> Result<Self, Unknown> {
-        let client = client_of(question, proxy)?;
+        let (clients, config) = (proxy.clients(), proxy.config());
+        let client = client_of(question, &clients)?;
         let (model, part) = model_of(question, proxy);
         let (tokens, tokens_from) = tokens_of(question, model, reading);
-        let clients = proxy.clients();
         let tenant = if client == ClientId::NONE { Tenant::Shared } else { Tenant::Named(client) };
         let lane = Lane { credential: clients.credential(client), model };
         let newcomer = Newcomer { tenant, weight: clients.weight(client), lane, tokens };
@@ -116,7 +116,7 @@ impl Explanation {
         let gauges = proxy.gauges();
         let waiting: u64 = gauges.models.iter().map(|model| model.waiting).sum();
         let of_model: u64 = outlook.lanes.iter().map(|lane| lane.waiting).sum();
-        let max_wait = clients.max_wait(client).unwrap_or(proxy.config().queue.max_wait);
+        let max_wait = clients.max_wait(client).unwrap_or(config.queue.max_wait);
         let is_full = waiting >= gauges.waiting_limit;
         let (next, why) = verdict(&outlook, max_wait, is_full);
         Ok(Self {
@@ -163,8 +163,7 @@ impl LanePart {
     }
 }
 
-fn client_of(question: &Question, proxy: &Proxy) -> Result<ClientId, Unknown> {
-    let clients = proxy.clients();
+fn client_of(question: &Question, clients: &Clients) -> Result<ClientId, Unknown> {
     let Some(name) = question.client.as_deref().filter(|name| **name != **clients.name(ClientId::NONE)) else {
         return Ok(ClientId::NONE);
     };

@@ -134,8 +134,8 @@ impl LimitStatus {
 
     fn told(view: &LimitView, unit: &'static str, told: ToldView) -> Self {
         Self {
-            used: Some(rounded((told.limit - told.remaining).max(0.0))),
-            capacity: Some(told.limit),
+            used: Some(rounded(told.capacity - told.remaining)),
+            capacity: Some(rounded(told.capacity)),
             refill_per_second: told.per_second.map(rounded),
             full_in_seconds: told.window_ends_in.map(seconds),
             ..Self::new(

@@ -66,8 +66,8 @@ pub struct Admin {
     started: Instant,
     /// The last ten minutes. Locked for a sample, or for what is made of them.
     history: Mutex<History>,
-    /// Held by who makes an answer on a thread of its own: one at a time, so that scrapers leave a core to the workers.
-    turn: Semaphore,
+    /// Held by what is done on a thread of its own: one at a time, so that scrapers leave a core to the workers.
+    turn: Arc<Semaphore>,
 }
 
 impl Admin {
@@ -81,7 +81,7 @@ impl Admin {
             guard: Guard::new(token),
             ready: AtomicBool::new(true),
             started: now,
-            turn: Semaphore::new(1),
+            turn: Arc::new(Semaphore::new(1)),
         })
     }
 
@@ -185,15 +185,17 @@ impl Admin {
         }
     }
 
-    /// Does what takes a while on a thread of its own. Dropped meanwhile, that goes on to its end, and for nothing.
+    /// Does what takes a while on a thread of its own. Dropped while it waits for its turn, nothing is done; after that it is done
+    /// to its end, and keeps its turn until then.
     async fn aside<T: Send + 'static>(self: Arc<Self>, work: impl FnOnce(&Self) -> T + Send + 'static) -> T {
-        let _turn = self.turn.acquire().await.expect("the semaphore is never closed");
-        // The threads' tasks are counted by the runtime that this runs in.
-        let admin = self.clone();
+        let turn = self.turn.clone().acquire_owned().await.expect("the semaphore is never closed");
+        // For the count of this runtime's tasks, and its clock.
         let runtime = Handle::current();
         let work = move || {
             let _entered = runtime.enter();
-            work(&admin)
+            let done = work(&self);
+            drop(turn);
+            done
         };
         tokio::task::spawn_blocking(work).await.expect("what makes an answer does not panic")
     }
@@ -221,7 +223,8 @@ impl Admin {
 
     fn status(&self, model: Option<&str>) -> Answer {
         let (proxy, reading) = (&self.proxy, self.proxy.metrics().read());
-        let concurrency = match proxy.config().limits.concurrency {
+        let (clients, config) = (proxy.clients(), proxy.config());
+        let concurrency = match config.limits.concurrency {
             Concurrency::Adaptive => None,
             Concurrency::Fixed(slots) => Some(slots),
         };
@@ -229,14 +232,14 @@ impl Admin {
             ready: self.is_ready(),
             started: self.started,
             now: Instant::now(),
-            gateway: proxy.config().upstream.base_url.to_string(),
+            gateway: config.upstream.base_url.to_string(),
             concurrency,
             gauges: &self.gauges(),
-            survey: &proxy.gate().survey(proxy.clients()),
+            survey: &proxy.gate().survey(&clients),
             reading: &reading,
             history: &self.history(),
             models: proxy.models(),
-            clients: proxy.clients(),
+            clients: &clients,
             recent_errors: proxy.recent_errors(),
             line: model.map(|name| proxy.models().find(name)),
         });
@@ -251,7 +254,7 @@ impl Admin {
     }
 
     fn sample(&self) {
-        let survey = self.proxy.gate().survey(self.proxy.clients());
+        let survey = self.proxy.gate().survey(&self.proxy.clients());
         let reading = self.proxy.metrics().read();
         self.history().note(reading, survey.in_flight, survey.waiting, Instant::now());
     }

@@ -248,7 +248,7 @@ impl Gate {
 
     /// How each model stands, its lanes added up.
     pub fn model_gauges(&self) -> Vec<ModelGauges> {
-        let models = self.lock().models(Instant::now());
+        let models = self.lock().model_views(Instant::now());
         models.into_iter().map(|model| self.gauges_of(&model)).collect()
     }
 

@@ -251,7 +251,7 @@ fn gauge_families(gauges: &Gauges) -> Vec<MetricFamily> {
         ),
         row(
             "weir_learned_requests_per_second",
-            "The quota of requests that weir has learned of the model's gateway: source told by its headers, or inferred from its refusals. Absent while nothing is known, which is as it should be where nothing is refused.",
+            "The quota of requests that weir has learned of the model's gateway: source told by its headers, or inferred from its refusals (of the key that is used most, where clients pass keys of their own). Absent while nothing is known, which is as it should be where nothing is refused.",
             learned_requests(&gauges.models),
         ),
         row(

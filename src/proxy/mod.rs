@@ -65,7 +65,7 @@ pub struct Proxy {
 struct Shared {
     config: Arc<Config>,
     models: Arc<Models>,
-    clients: Clients,
+    clients: Arc<Clients>,
     books: Arc<Books>,
     gate: Arc<Gate>,
     policy: Policy,
@@ -92,7 +92,7 @@ impl Proxy {
         let models = Arc::new(Models::new(configured));
         let instance = format!("{:08x}", rand::random::<u32>());
         let authority = config.upstream.base_url.authority().as_str();
-        let clients = Clients::new(&config);
+        let clients = Arc::new(Clients::new(&config));
         let shared = Shared {
             books: Arc::new(Books::new(Arc::new(Metrics::new(models.clone(), clients.names())))),
             gate: Gate::open(&config, models.clone(), &clients),
@@ -140,8 +140,8 @@ impl Proxy {
     }
 
     /// Who is known, and how.
-    pub fn clients(&self) -> &Clients {
-        &self.shared.clients
+    pub fn clients(&self) -> Arc<Clients> {
+        self.shared.clients.clone()
     }
 
     /// The models known by name.
@@ -150,8 +150,8 @@ impl Proxy {
     }
 
     /// The configuration in force.
-    pub fn config(&self) -> &Config {
-        &self.shared.config
+    pub fn config(&self) -> Arc<Config> {
+        self.shared.config.clone()
     }
 
     /// What there is to see now; of tasks and clients' connections the proxy knows nothing.

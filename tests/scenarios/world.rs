@@ -488,8 +488,9 @@ impl<'s> World<'s> {
         if self.log.slices.is_empty() {
             return;
         }
-        let models = self.queue.models(self.instant());
-        let of_lanes = models.iter().filter_map(|model| Some(model.slots? * model.lanes)).reduce(|all, slots| all + slots);
+        let models = self.queue.model_views(self.instant());
+        let of_lanes =
+            models.iter().filter_map(|model| Some(model.slots? * model.lanes)).reduce(|all, slots| all + slots);
         let slots = self.scenario.told.slots.or(of_lanes);
         let (in_flight, waiting) = (self.under_way, self.waiting);
         let left = self.gateway.left(0, self.now);
@@ -504,7 +505,7 @@ impl<'s> World<'s> {
         if left > 0 {
             log.violate(|| format!("{left} requests have not ended exactly once"));
         }
-        for model in queue.models(now).iter().filter(|model| (model.in_flight, model.waiting) != (0, 0)) {
+        for model in queue.model_views(now).iter().filter(|model| (model.in_flight, model.waiting) != (0, 0)) {
             let (under_way, waiting) = (model.in_flight, model.waiting);
             log.violate(|| format!("a model has {under_way} under way and {waiting} waiting at the end"));
         }

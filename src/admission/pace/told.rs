@@ -120,6 +120,8 @@ pub struct Told {
 pub struct ToldView {
     /// In the gateway's words: for whatever time it has in mind.
     pub limit: f64,
+    /// The most that it was seen to hold at once, which may be less.
+    pub capacity: f64,
     /// As weir reckons it now: what was told, less what has passed since, and with what has come back.
     pub remaining: f64,
     /// How fast it comes back, as far as that was seen; of a window at most, since that is as long as it was seen to be at least.
@@ -318,7 +320,13 @@ impl Told {
             Shape::Window { .. } if self.period.is_zero() => None,
             Shape::Window { .. } => Some(self.limit / self.period.as_secs_f64()),
         };
-        ToldView { limit: self.limit, remaining: self.level_at(now).max(0.0), per_second, window_ends_in: window }
+        ToldView {
+            limit: self.limit,
+            capacity: self.capacity,
+            remaining: self.level_at(now).clamp(0.0, self.capacity),
+            per_second,
+            window_ends_in: window,
+        }
     }
 
     /// What the gateway charges for it, as far as it can be had at once.

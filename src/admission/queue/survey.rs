@@ -150,7 +150,7 @@ pub struct LaneView {
 impl<W> Queue<W> {
     /// How everything stands.
     pub fn survey(&self, clients: impl Iterator<Item = ClientId>, now: Instant) -> Survey {
-        let models = self.models(now);
+        let models = self.model_views(now);
         Survey {
             waiting: self.waiting as u64,
             in_flight: models.iter().map(|model| model.in_flight).sum(),
@@ -163,7 +163,7 @@ impl<W> Queue<W> {
     }
 
     /// Every model that has a lane, its lanes added up.
-    pub fn models(&self, now: Instant) -> Vec<ModelView> {
+    pub fn model_views(&self, now: Instant) -> Vec<ModelView> {
         let of_all = self.tightest_slots(&self.global);
         let mut models: BTreeMap<ModelId, ModelView> = BTreeMap::new();
         for lane in self.lanes_in_use() {
@@ -388,5 +388,112 @@ impl Who {
             Tenant::Peer(address) => Self::Address(address),
             Tenant::Shared => Self::Anyone,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::admission::bucket::Bucket;
+    use crate::admission::estimate::Cost;
+    use crate::admission::slots::Slots;
+
+    const MODEL: ModelId = ModelId::OTHER;
+
+    fn queue(global: Vec<Measure>) -> Queue<u64> {
+        let lane = LaneRules { slots: None, give_up: Duration::from_secs(30) };
+        let mut queue = Queue::new(Rules { max_waiting: 200_000, lane, mode: Mode::Enforce }, global);
+        queue.limit_model(MODEL, &"other".into(), Mode::Enforce, Vec::new());
+        queue
+    }
+
+    /// One more request arrives; its grant, where it need not wait.
+    fn arrive(queue: &mut Queue<u64>, tenant: Tenant, rank: u64, now: Instant) -> Option<Grant> {
+        let ask = Ask {
+            tenant,
+            weight: Weight::ONE,
+            lane: Lane { credential: 0, model: MODEL },
+            rank: Rank(rank),
+            cost: Cost { prompt: 10, output: 90 },
+            max_wait: Duration::from_secs(1_000_000),
+            until: now + Duration::from_secs(1_000_000),
+            again: false,
+        };
+        match queue.offer(&ask, || "other".into(), now) {
+            Offer::Admitted(grant) => Some(grant),
+            Offer::MustWait(opening) => {
+                queue.enqueue(&opening, &ask, rank, now);
+                queue.pump(now, |_, _| panic!("nobody can go"));
+                None
+            }
+            Offer::Refused(refusal) => panic!("{refusal:?}"),
+        }
+    }
+
+    fn newcomer(tenant: Tenant) -> Newcomer {
+        Newcomer { tenant, weight: Weight::ONE, lane: Lane { credential: 0, model: MODEL }, tokens: 100 }
+    }
+
+    #[test]
+    fn a_survey_of_a_hundred_thousand_is_as_short_as_one_of_a_few_and_its_sums_are_right() {
+        let now = Instant::now();
+        let mut queue = queue(vec![Measure::Concurrency(Slots::new(1))]);
+        let held = arrive(&mut queue, Tenant::Key(0), 0, now).expect("the first goes");
+        // 4,000 keys, an address with many, and all of them in one lane.
+        for rank in 1..=60_000 {
+            assert!(arrive(&mut queue, Tenant::Key(rank % 4000), rank, now).is_none());
+        }
+        for rank in 60_001..=100_000 {
+            assert!(arrive(&mut queue, Tenant::Peer([10, 0, 0, 1].into()), rank, now).is_none());
+        }
+        let survey = queue.survey(std::iter::empty(), now + Duration::from_secs(9));
+        assert_eq!((survey.waiting, survey.in_flight, survey.reserved_tokens), (100_000, 1, 100));
+        assert_eq!((survey.models.len(), survey.models[0].waiting), (1, 100_000));
+        let groups: Vec<(Who, u64, u32)> =
+            survey.queue.iter().map(|group| (group.who, group.requests, group.tenants)).collect();
+        let shown = MOST_TENANTS as u32 - 1;
+        let address = Who::Address([10, 0, 0, 1].into());
+        assert_eq!(groups, [(address, 40_000, 1), (Who::OwnKeys, 15 * u64::from(shown), shown)]);
+        assert!(
+            survey.queue.iter().all(|group| group.oldest == Duration::from_secs(9) && group.limit.waiting == 100_000)
+        );
+        queue.release(&held, Used::Tokens(100), now);
+    }
+
+    #[test]
+    fn an_outlook_is_what_the_next_one_meets_and_changes_nothing() {
+        let now = Instant::now();
+        let rate = Rate::parse("1/s").expect("a rate").with_burst(1);
+        let mut queue = queue(vec![Measure::Requests(Bucket::new(rate, now))]);
+        let (known, stranger) = (Tenant::Key(1), Tenant::Key(2));
+        let fresh = queue.outlook(&newcomer(known), now);
+        assert!(fresh.held_up_by.is_none() && fresh.expected.is_zero() && fresh.lanes.is_empty());
+        assert!(arrive(&mut queue, known, 0, now).is_some());
+        for rank in 1..=10 {
+            assert!(arrive(&mut queue, known, rank, now).is_none());
+        }
+        let (own, others) = (queue.outlook(&newcomer(known), now), queue.outlook(&newcomer(stranger), now));
+        assert_eq!((own.own_waiting, own.own_in_flight, others.own_waiting), (10, 1, 0));
+        assert_eq!((own.held_up_by, own.expected.as_secs()), (Some((0, None)), 11), "behind ten of its own");
+        assert!((1..=2).contains(&others.expected.as_secs()), "{:?}: it takes turns with them", others.expected);
+        assert!((others.share - 0.5).abs() < 1e-9 && (own.share - 1.0).abs() < 1e-9);
+        assert_eq!(queue.tenants.known_tenants(), 1, "a stranger that was asked about is still one");
+        assert_eq!(queue.outlook(&newcomer(known), now).expected, own.expected);
+    }
+
+    #[test]
+    fn what_is_in_flight_of_a_client_comes_and_goes_with_its_grants() {
+        let now = Instant::now();
+        let client = ClientId::all(2).last().expect("there are two");
+        let mut queue = queue(vec![Measure::Concurrency(Slots::new(2))]);
+        let grants: Vec<Grant> =
+            (0..2).map(|rank| arrive(&mut queue, Tenant::Named(client), rank, now).expect("it goes")).collect();
+        assert!(arrive(&mut queue, Tenant::Named(client), 2, now).is_none());
+        let clients = |queue: &Queue<u64>| queue.survey(ClientId::all(3), now).clients;
+        assert_eq!(clients(&queue), [(client, 2, 1)]);
+        queue.release(&grants[0], Used::Refused, now);
+        assert_eq!(clients(&queue), [(client, 1, 1)]);
+        queue.pump(now, |_, grant| assert_eq!(grant.cost().tokens(), 100));
+        assert_eq!(clients(&queue), [(client, 2, 0)]);
     }
 }
