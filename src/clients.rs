@@ -42,6 +42,11 @@ impl ClientId {
     pub fn index(self) -> usize {
         usize::from(self.0)
     }
+
+    /// All that there can be, [`ClientId::NONE`] before the others.
+    pub fn all() -> impl Iterator<Item = Self> {
+        (0..=u16::MAX).map(Self)
+    }
 }
 
 /// Who gets a share of its own when there is a queue.
@@ -169,6 +174,22 @@ impl Clients {
     pub fn ids(&self) -> impl Iterator<Item = ClientId> {
         let named = self.known.iter().enumerate().filter(|(_, known)| known.key.is_some());
         named.map(|(index, _)| ClientId(u16::try_from(index).expect("an id was made of it")))
+    }
+
+    /// The client of that name.
+    pub fn find_by_name(&self, name: &str) -> Option<ClientId> {
+        self.ids().find(|id| &**self.name(*id) == name)
+    }
+
+    /// Whose quota at the gateway a client's requests use: [`Caller::credential`] of what it sends.
+    pub fn credential(&self, id: ClientId) -> u64 {
+        let key = self.known[id.index()].key.as_ref().filter(|_| !self.lends_its_key);
+        key.map_or(0, |key| fingerprint(&self.keys.fingerprints, key.reveal().as_bytes()))
+    }
+
+    /// Whether weir has a key of its own, so that all clients have one lane for each model.
+    pub fn share_a_key(&self) -> bool {
+        self.lends_its_key
     }
 
     /// The client's share when there is a queue.

@@ -25,5 +25,6 @@ pub mod reload;
 pub mod systemd;
 pub mod admin;
 pub mod run;
+pub mod explain;
 pub mod simulator;
 pub mod demo;

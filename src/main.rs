@@ -12,6 +12,7 @@ use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{Registry, fmt};
 use weir::access_log::AccessLog;
 use weir::config::{Config, Log, LogFormat, LogLevel};
+use weir::explain::{self, Arguments, Invocation};
 use weir::outlet::{Habits, Outlet, Stderr};
 use weir::reload::Source;
 use weir::run::Running;
@@ -25,6 +26,7 @@ weir: a rate-limiting reverse proxy in front of an AI gateway
 USAGE
   weir [serve] [--config FILE]   serve; without a file, with the built-in defaults
   weir check [--config FILE]     say what is wrong with a configuration, or print it in full, secrets masked
+  weir explain [OPTIONS]         ask a running weir what a client's next request would meet; see weir explain --help
   weir demo [--exit]             a simulated gateway, weir, and a batch through it: no key, no network
   weir simulate [OPTIONS]        the simulated gateway alone; see weir simulate --help
   weir --help | --version
@@ -40,6 +42,7 @@ EXIT STATUS  0 ended as asked, 1 failed, 2 wrong arguments, 78 wrong configurati
 enum Command {
     Serve(Option<PathBuf>),
     Check(Option<PathBuf>),
+    Explain(lexopt::Parser),
     Demo { exit: bool },
     Simulate(lexopt::Parser),
     Print(String),
@@ -70,6 +73,7 @@ fn main() -> ExitCode {
             Ok(config) => finish(Sockets::from_env().and_then(|sockets| run(serve(config, file, sockets)))),
             Err(exit) => exit,
         },
+        Command::Explain(mut arguments) => explain(&mut arguments),
         Command::Demo { exit } => finish(run(demo::run(exit))),
         Command::Simulate(mut arguments) => match simulator::Settings::from_args(&mut arguments) {
             Ok(invocation) => finish(run(simulator::args::run(invocation))),
@@ -90,6 +94,7 @@ fn parse(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
             Short('h') | Long("help") => return Ok(Command::Print(HELP.to_owned())),
             Short('V') | Long("version") => return Ok(Command::Print(format!("weir {}\n", env!("CARGO_PKG_VERSION")))),
             Value(value) if word.is_none() => match value.to_str() {
+                Some("explain") => return Ok(Command::Explain(parser)),
                 Some("simulate") => return Ok(Command::Simulate(parser)),
                 Some(known @ ("serve" | "check" | "demo")) => word = Some(known.to_owned()),
                 _ => return Err(format!("there is no command {}", value.to_string_lossy()).into()),
@@ -128,6 +133,38 @@ fn check(file: Option<PathBuf>) -> ExitCode {
     }
     print!("{config}");
     ExitCode::SUCCESS
+}
+
+/// A request would be refused.
+const REFUSED: u8 = 3;
+
+fn explain(arguments: &mut lexopt::Parser) -> ExitCode {
+    let arguments = match Arguments::parse(arguments) {
+        Ok(Invocation::Ask(arguments)) => arguments,
+        Ok(Invocation::Help) => {
+            print!("{}", explain::HELP);
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprintln!("weir: {error}; weir explain --help lists what there is");
+            return ExitCode::from(USAGE);
+        }
+    };
+    let config = match arguments.config.as_ref().map(|file| load(Some(file))).transpose() {
+        Ok(config) => config,
+        Err(exit) => return exit,
+    };
+    let mut refused = false;
+    let asked = run(async {
+        let told = explain::ask(&arguments, config.as_ref()).await?;
+        print!("{}", told.text);
+        refused = told.refused;
+        Ok(())
+    });
+    match asked {
+        Ok(()) if refused => ExitCode::from(REFUSED),
+        asked => finish(asked),
+    }
 }
 
 /// Runs on this thread; the workers have threads of their own.

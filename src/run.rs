@@ -59,6 +59,13 @@ impl Running {
         let Listeners { clients, admin: admin_listener } = sockets.listeners(&config)?;
         let addresses = clients.iter().map(|listener| listener.address().clone()).collect();
         let admin_address = admin_listener.address().clone();
+        if settings.admin_token.is_none() && admin_address.tcp().is_some_and(|address| !address.ip().is_loopback()) {
+            tracing::warn!(
+                address = %admin_address,
+                "the admin listener can be reached from other machines, and asks for no token: whoever finds it sees clients, \
+                 models and limits; set server.admin_token, or server.admin_listen to a loopback address"
+            );
+        }
 
         let proxy = Proxy::new(Arc::new(config), connector);
         proxy.access_log().redirect(access).map_err(|error| format!("cannot start the access log: {error}"))?;
@@ -76,6 +83,7 @@ impl Running {
         }
         let is_shared = admin_listener.is_inherited();
         let accepting_operators = listeners.spawn(admin.clone().serve(admin_listener));
+        listeners.spawn(admin.clone().keep_history());
         Ok(Self {
             addresses,
             admin_address,

@@ -9,6 +9,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+#[path = "process/explain.rs"]
+mod explain;
+
 /// Whatever takes longer has failed.
 const DEADLINE: Duration = Duration::from_secs(30);
 

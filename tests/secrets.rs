@@ -244,7 +244,15 @@ fn no_key_is_in_the_log_the_metrics_or_an_answer() {
             assert_no_key(&format!("the answer to\n{request:.300}\n"), &answer);
             statuses.extend(answer.split(' ').nth(1).map(str::to_owned));
         }
-        for path in ["/metrics", "/livez", "/readyz", "/status", "/status.json", &format!("/{CLIENT}")] {
+        for path in [
+            "/metrics",
+            "/livez",
+            "/readyz",
+            "/status",
+            "/status.json",
+            "/explain?client=a&model=gpt-4.1-mini",
+            &format!("/{CLIENT}"),
+        ] {
             let answer = exchange(
                 admin,
                 &format!("GET {path} HTTP/1.1\r\nhost: a\r\nauthorization: {CLIENT}\r\nconnection: close\r\n\r\n"),
@@ -314,7 +322,7 @@ fn no_key_is_in_a_complaint_about_a_configuration() {
         format!("[clients]\na = \"{CLIENT}\"\n"),
         format!("[clients.a]\nkeys = [\"{CLIENT}\"]\n"),
         format!("[clients.a]\nkey = \"{CLIENT}\"\nweight = \"{OTHER}\"\n"),
-        format!("[server]\nadmin_token = \"{OTHER}\"\n"),
+        format!("[server]\nadmin_token = \"{OTHER} x\"\n"),
         format!("[server]\nlisten = \"0.0.0.0:1\"\n[upstream]\napi_key = \"{UPSTREAM}\"\n"),
     ];
     for text in wrong {

@@ -10,11 +10,12 @@ const HOMES: [(&str, &[&str]); 9] = [
     ("httparse", &["src/upstream/"]),
     ("listenfd", &["src/systemd.rs"]),
     ("prometheus", &["src/metrics/"]),
-    // Jitter; the age of a connection; the name of a process, and the generator that jitter is given.
-    ("rand", &["src/retry/mod.rs", "src/upstream/pool.rs", "src/proxy/mod.rs"]),
-    ("serde_json", &["src/openai/", "src/simulator/", "src/demo.rs", "src/demo/"]),
-    // Keys are compared in one place.
-    ("subtle", &["src/clients.rs"]),
+    // Jitter; the age of a connection; the name of a process, and the generator that jitter is given; a nonce.
+    ("rand", &["src/retry/mod.rs", "src/upstream/pool.rs", "src/proxy/mod.rs", "src/admin/page.rs"]),
+    // The wire format, and what operators' programs read.
+    ("serde_json", &["src/openai/", "src/admin/", "src/explain.rs", "src/simulator/", "src/demo.rs", "src/demo/"]),
+    // Keys are compared in one place, and the operators' token in another.
+    ("subtle", &["src/clients.rs", "src/admin/token.rs"]),
     // Towards the gateway, and towards clients.
     ("tokio_rustls", &["src/upstream/connect.rs", "src/upstream/wire/", "src/server/tls.rs"]),
     ("toml", &["src/config/"]),

@@ -126,7 +126,7 @@ impl<W> Scene<W> {
     }
 
     pub fn waiting(&self) -> usize {
-        self.queue.flows(self.now).map(|flow| flow.waiting as usize).sum()
+        self.queue.model_views(self.now).iter().map(|model| model.waiting as usize).sum()
     }
 
     /// The next one's turn comes: as a slot is given back, or as the bucket refills.

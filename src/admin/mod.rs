@@ -1,10 +1,20 @@
-//! The operators' listener: `/metrics`, `/livez`, `/readyz`, `/reload`.
+//! The operators' listener: the status page and what is behind it, metrics, and probes.
 //!
-//! It runs on the main thread's runtime, apart from the workers, so that it answers however busy they are.
+//! It accepts on the main thread's runtime, apart from the workers, so that it answers however busy they are. What takes
+//! longer than a moment (text for a scraper, a survey for the page) is made on a thread of its own, one at a time: the main
+//! thread accepts clients and keeps the queue's time.
+
+mod explain;
+mod history;
+mod limit;
+mod page;
+pub mod query;
+mod status;
+mod token;
 
 use std::convert::Infallible;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,21 +24,36 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
+use tokio::time::{Instant, MissedTickBehavior};
 
+use crate::config::Concurrency;
 use crate::metrics::Gauges;
 use crate::proxy::Proxy;
 use crate::reload::{NotReloaded, Reloader};
 use crate::server::edge::{Activity, Edge, EdgeLimits};
-use crate::server::{Connection, Listener, Workers};
+use crate::server::{Listener, Workers};
 
-/// Scrapers and probes at once; a further one waits.
+use explain::{Explanation, Question};
+use history::History;
+use query::Query;
+use status::{Sources, Status};
+
+/// Scrapers, browsers and probes at once; a further one waits.
 const MAX_CONNECTIONS: usize = 64;
 
-/// A scraper or probe that is slower than this is cut off, so that none of them can keep the others out.
+/// Whoever is slower than this is cut off, so that none of them can keep the others out.
 const LIMITS: EdgeLimits =
     EdgeLimits { header: Duration::from_secs(10), keep_alive: Duration::from_secs(75), write: Duration::from_secs(10) };
+
+/// What there is, for who asks for something else.
+const CONTENTS: &str = "there is /status (a page), /status.json, /explain, /metrics, /livez, /readyz and POST /reload here; \
+                        clients use the other listener\n";
+
+type Answer = Response<Full<Bytes>>;
 
 /// What the operators' listener tells of.
 pub struct Admin {
@@ -37,12 +62,26 @@ pub struct Admin {
     reloader: Arc<Reloader>,
     /// Whether `/readyz` says yes.
     ready: AtomicBool,
+    started: Instant,
+    /// The last ten minutes. Locked for a sample, or for what is made of them.
+    history: Mutex<History>,
+    /// Held by what is done on a thread of its own: one at a time, so that scrapers leave a core to the workers.
+    turn: Arc<Semaphore>,
 }
 
 impl Admin {
     /// Tells of this proxy, which is ready, and of the threads that it runs on; and has its configuration reloaded.
     pub fn new(proxy: Proxy, workers: Arc<Workers>, reloader: Arc<Reloader>) -> Arc<Self> {
-        Arc::new(Self { proxy, workers, reloader, ready: AtomicBool::new(true) })
+        let now = Instant::now();
+        Arc::new(Self {
+            history: Mutex::new(History::new(proxy.metrics().read(), now)),
+            proxy,
+            workers,
+            reloader,
+            ready: AtomicBool::new(true),
+            started: now,
+            turn: Arc::new(Semaphore::new(1)),
+        })
     }
 
     /// From now on `/readyz` says no: weir is about to stop.
@@ -62,22 +101,20 @@ impl Admin {
             };
             let admin = self.clone();
             tokio::spawn(async move {
-                admin.serve_connection(connection).await;
+                admin.serve_connection(connection.into_io()).await;
                 drop(permit);
             });
         }
     }
 
-    async fn serve_connection(self: Arc<Self>, connection: Connection) {
+    /// Answers on one connection until it ends.
+    pub async fn serve_connection(self: Arc<Self>, io: impl AsyncRead + AsyncWrite + Unpin) {
         let activity = Arc::new(Activity::default());
-        let io = TokioIo::new(Edge::new(connection.into_io(), activity.clone(), LIMITS, None));
+        let io = TokioIo::new(Edge::new(io, activity.clone(), LIMITS, None));
         let service = service_fn(|request: Request<Incoming>| {
             let (active, admin) = (activity.begin(false), self.clone());
             async move {
-                let response = match (request.method(), request.uri().path()) {
-                    (&Method::POST, "/reload") => admin.reload().await,
-                    (method, path) => admin.answer(method, path),
-                };
+                let response = admin.answer(&request).await;
                 drop(active);
                 Ok::<_, Infallible>(response)
             }
@@ -88,25 +125,19 @@ impl Admin {
         }
     }
 
-    fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>> {
-        if !matches!(*method, Method::GET | Method::HEAD) {
-            return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered here, and POST /reload\n");
-        }
-        match path {
-            "/metrics" => self.metrics(),
-            "/livez" => text(StatusCode::OK, "alive\n"),
-            "/readyz" if self.ready.load(Ordering::Acquire) => text(StatusCode::OK, "ready\n"),
-            "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
-            "/reload" => text(StatusCode::METHOD_NOT_ALLOWED, "POST reloads the configuration\n"),
-            _ => text(
-                StatusCode::NOT_FOUND,
-                "there is /metrics, /livez, /readyz and POST /reload here; clients use the other listener\n",
-            ),
+    /// Notes every few seconds what was counted, for rates and for the page's lines. Until dropped.
+    pub async fn keep_history(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval_at(Instant::now() + history::INTERVAL, history::INTERVAL);
+        // Whatever it was held up by, an interval is no shorter for it.
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            self.clone().aside(Self::sample).await;
         }
     }
 
     /// Reads the configuration's file anew. A client that hangs up before it was read changes nothing.
-    async fn reload(&self) -> Response<Full<Bytes>> {
+    async fn reload(&self) -> Answer {
         match self.reloader.reload_file().await {
             Ok(report) => text(StatusCode::OK, report.to_string()),
             Err(refused) => {
@@ -122,23 +153,159 @@ impl Admin {
         }
     }
 
-    fn metrics(&self) -> Response<Full<Bytes>> {
-        let tasks = self.workers.tasks() + Handle::current().metrics().num_alive_tasks();
-        let gauges = Gauges {
-            tasks: tasks as u64,
-            client_connections: self.workers.connections() as u64,
-            client_connections_limit: self.workers.max_connections() as u64,
-            is_draining: !self.ready.load(Ordering::Acquire),
-            ..self.proxy.gauges()
+    async fn answer<B>(self: Arc<Self>, request: &Request<B>) -> Answer {
+        let (method, path) = (request.method(), request.uri().path());
+        let mut response = match path {
+            "/livez" | "/readyz" | "/status" | "/" => self.open(method, path),
+            _ if !token::admits(self.proxy.config().server.admin_token.as_ref(), request.headers()) => unauthorized(),
+            "/reload" if method == Method::POST => self.reload().await,
+            "/reload" => text(StatusCode::METHOD_NOT_ALLOWED, "POST reloads the configuration\n"),
+            _ => self.guarded(method, path, request.uri().query()).await,
         };
-        let mut response = text(StatusCode::OK, self.proxy.metrics().encode(&gauges));
+        let fields = response.headers_mut();
+        // What is true now is not in a second; and a browser is not to take it for anything else than it is.
+        fields.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        fields.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+        response
+    }
+
+    /// What needs no token: it tells nothing but whether weir is ready. (The page is empty without /status.json.)
+    fn open(&self, method: &Method, path: &str) -> Answer {
+        if !is_read(method) {
+            return only_get();
+        }
+        match path {
+            "/livez" => text(StatusCode::OK, "alive\n"),
+            "/readyz" if self.is_ready() => text(StatusCode::OK, "ready\n"),
+            "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
+            "/" => page::to_the_page(),
+            _ => page::page(),
+        }
+    }
+
+    async fn guarded(self: Arc<Self>, method: &Method, path: &str, query: Option<&str>) -> Answer {
+        if !is_read(method) {
+            return only_get();
+        }
+        let query = Query::new(query);
+        match path {
+            "/metrics" => self.aside(Self::metrics).await,
+            "/status.json" => {
+                let model = query.get("model");
+                self.aside(move |admin| admin.status(model.as_deref())).await
+            }
+            "/explain" => {
+                let tokens = query.get("tokens").and_then(|tokens| tokens.parse().ok());
+                let question = Question { client: query.get("client"), model: query.get("model"), tokens };
+                self.aside(move |admin| admin.explain(&question)).await
+            }
+            _ => text(StatusCode::NOT_FOUND, CONTENTS),
+        }
+    }
+
+    /// Does what takes a while on a thread of its own. Dropped while it waits for its turn, nothing is done; after that it is done
+    /// to its end, and keeps its turn until then.
+    async fn aside<T: Send + 'static>(self: Arc<Self>, work: impl FnOnce(&Self) -> T + Send + 'static) -> T {
+        let turn = self.turn.clone().acquire_owned().await.expect("the semaphore is never closed");
+        // For the count of this runtime's tasks, and its clock.
+        let runtime = Handle::current();
+        let work = move || {
+            let _entered = runtime.enter();
+            let done = work(&self);
+            drop(turn);
+            done
+        };
+        tokio::task::spawn_blocking(work).await.expect("what makes an answer does not panic")
+    }
+
+    fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Acquire)
+    }
+
+    fn metrics(&self) -> Answer {
+        let mut response = text(StatusCode::OK, self.proxy.metrics().encode(&self.gauges()));
         let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
         response.headers_mut().insert(header::CONTENT_TYPE, kind);
         response
     }
+
+    fn gauges(&self) -> Gauges {
+        let tasks = self.workers.tasks() + Handle::current().metrics().num_alive_tasks();
+        Gauges {
+            tasks: tasks as u64,
+            client_connections: self.workers.connections() as u64,
+            client_connections_limit: self.workers.max_connections() as u64,
+            ..self.proxy.gauges()
+        }
+    }
+
+    fn status(&self, model: Option<&str>) -> Answer {
+        let (proxy, reading) = (&self.proxy, self.proxy.metrics().read());
+        let (clients, config) = (proxy.clients(), proxy.config());
+        let concurrency = match config.limits.concurrency {
+            Concurrency::Adaptive => None,
+            Concurrency::Fixed(slots) => Some(slots),
+        };
+        let status = Status::of(Sources {
+            ready: self.is_ready(),
+            started: self.started,
+            now: Instant::now(),
+            gateway: config.upstream.base_url.to_string(),
+            concurrency,
+            gauges: &self.gauges(),
+            survey: &proxy.gate().survey(&clients),
+            reading: &reading,
+            history: &self.history(),
+            models: proxy.models(),
+            clients: &clients,
+            recent_errors: proxy.recent_errors(),
+            line: model.map(|name| proxy.models().find(name)),
+        });
+        json(StatusCode::OK, &status)
+    }
+
+    fn explain(&self, question: &Question) -> Answer {
+        match Explanation::of(question, &self.proxy, &self.proxy.metrics().read()) {
+            Ok(explanation) => json(StatusCode::OK, &explanation),
+            Err(unknown) => json(StatusCode::NOT_FOUND, &unknown),
+        }
+    }
+
+    fn sample(&self) {
+        let survey = self.proxy.gate().survey(&self.proxy.clients());
+        let reading = self.proxy.metrics().read();
+        self.history().note(reading, survey.in_flight, survey.waiting, Instant::now());
+    }
+
+    fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+fn is_read(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD)
+}
+
+fn only_get() -> Answer {
+    let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered here\n");
+    response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
+    response
+}
+
+fn unauthorized() -> Answer {
+    let mut response = text(StatusCode::UNAUTHORIZED, token::HELP);
+    response.headers_mut().insert(header::WWW_AUTHENTICATE, token::CHALLENGE);
+    response
+}
+
+fn json(status: StatusCode, body: &impl Serialize) -> Answer {
+    let body = serde_json::to_vec(body).expect("what is told has text for keys");
+    let mut response = text(status, body);
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+fn text(status: StatusCode, body: impl Into<Bytes>) -> Answer {
     let mut response = Response::new(Full::new(body.into()));
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));

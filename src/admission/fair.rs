@@ -54,6 +54,8 @@ pub struct Share {
     pub weight: Weight,
     /// Its requests that wait.
     pub waiting: u64,
+    /// Its requests that were let through and have not ended.
+    pub in_flight: u32,
     /// Its flows in which somebody waits.
     pub backlog: BTreeSet<FlowId>,
     /// Its flows, whether somebody waits in them or not.
@@ -81,7 +83,8 @@ impl Tenants {
             return *id;
         }
         let weight = self.changed.get(&tenant).copied().unwrap_or(weight);
-        let share = Share { tenant, weight, waiting: 0, backlog: BTreeSet::new(), flows: 0, lines: Vec::new() };
+        let share =
+            Share { tenant, weight, waiting: 0, in_flight: 0, backlog: BTreeSet::new(), flows: 0, lines: Vec::new() };
         let id = match self.free.pop() {
             Some(id) => {
                 self.shares[id.0] = share;
@@ -126,6 +129,11 @@ impl Tenants {
     /// Tenants known now.
     pub fn known_tenants(&self) -> usize {
         self.of_tenant.len()
+    }
+
+    /// Those of whom somebody waits, the one first that fills the queue most, by its weight.
+    pub fn backlogged(&self) -> impl Iterator<Item = TenantId> + '_ {
+        self.backlogged.iter().rev().map(|(_, id)| *id)
     }
 
     /// The tenant whose requests fill the queue most, by its weight.

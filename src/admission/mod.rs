@@ -48,7 +48,8 @@ pub use bytes::{ByteBudget, HeldBytes, NoRoom};
 pub use estimate::{Cost, Size};
 pub use limit::{Rank, Scope};
 pub use pace::{Heard, Signal};
-pub use queue::{Echo, Lane};
+pub use pace::{Hold, PaceView, SlotsView, ToldView, Why};
+pub use queue::{Echo, Lane, LaneView, Level, LimitView, ModelView, Newcomer, Outlook, Survey, Waiting, Who};
 pub use refusal::Refusal;
 
 /// Where an adaptive lane starts, and how far it may go.
@@ -261,19 +262,44 @@ impl Gate {
         drop(self.change(Queue::close));
     }
 
-    /// How many requests of each model are under way and waiting, its flows added up.
+    /// How each model stands, its lanes added up.
     pub fn model_gauges(&self) -> Vec<ModelGauges> {
-        let mut of_model: BTreeMap<ModelId, ModelGauges> = BTreeMap::new();
-        for flow in self.lock().flows(Instant::now()) {
-            let gauges = of_model.entry(flow.model).or_default();
-            gauges.in_flight += u64::from(flow.in_flight);
-            gauges.waiting += flow.waiting;
-            gauges.concurrency_limit = gauges.concurrency_limit.max(flow.slots);
-            gauges.cooldown = gauges.cooldown.max(flow.cooldown);
+        let models = self.lock().model_views(Instant::now());
+        models.into_iter().map(|model| self.gauges_of(&model)).collect()
+    }
+
+    fn gauges_of(&self, view: &ModelView) -> ModelGauges {
+        let pace = &view.busiest;
+        ModelGauges {
+            model: self.models.name(view.model),
+            in_flight: view.in_flight,
+            waiting: view.waiting,
+            concurrency_limit: view.slots,
+            cooldown: view.cooldown,
+            breaker_open: view.broken_lanes > 0,
+            told_requests_per_second: pace.requests.and_then(|told| told.per_second),
+            inferred_requests_per_second: pace.inferred_per_second,
+            told_tokens_per_second: pace.tokens.and_then(|told| told.per_second),
         }
-        let named =
-            of_model.into_iter().map(|(model, gauges)| ModelGauges { model: self.models.name(model), ..gauges });
-        named.collect()
+    }
+
+    /// How everything stands: who waits for what, and whose limit it is. Locked for as long as it takes to go through lanes
+    /// and limits, however many wait.
+    pub fn survey(&self, clients: &Clients) -> Survey {
+        self.lock().survey(clients.ids(), Instant::now())
+    }
+
+    /// What awaits a request that might come.
+    pub fn outlook(&self, newcomer: &Newcomer) -> Outlook {
+        let model = newcomer.lane.model;
+        let name = self.models.name(model);
+        let mut queue = self.lock();
+        let now = Instant::now();
+        if !queue.knows(model) {
+            let (mode, measures) = self.measures_of(model, &name, now);
+            queue.limit_model(model, &name, mode, measures);
+        }
+        queue.outlook(newcomer, now)
     }
 
     /// The limits of the configuration and what is left of them.
@@ -552,9 +578,9 @@ fn gauge_of(limit: &Limit, now: Instant) -> Option<LimitGauge> {
         Measure::Pace(_) => return None,
     };
     let (scope, name) = match &limit.scope {
-        Scope::Global => ("global", String::new()),
-        Scope::Model(name) => ("model", name.to_string()),
-        Scope::Client(name) => ("client", name.to_string()),
+        Scope::Global => ("global", Arc::default()),
+        Scope::Model(name) => ("model", Arc::clone(name)),
+        Scope::Client(name) => ("client", Arc::clone(name)),
     };
     Some(LimitGauge { scope, name, unit, remaining: remaining.into(), capacity: capacity.into(), per_second })
 }

@@ -15,6 +15,7 @@
 mod flows;
 mod predict;
 mod reload;
+mod survey;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -26,7 +27,7 @@ use super::estimate::Cost;
 use super::fair::{TenantId, Tenants, Virtual};
 use super::limit::{FlowId, Limit, LimitId, Measure, Need, Rank, Scope};
 use super::line::{Head, Line, Load};
-use super::pace::{Heard, LaneRules, Pass, Signal};
+use super::pace::{Heard, LaneRules, Pace, Pass, Signal};
 use super::refusal::Refusal;
 use super::slack::ChargeNo;
 use crate::clients::{ClientId, Tenant};
@@ -37,6 +38,7 @@ use crate::models::ModelId;
 use flows::{Flow, LaneId, LaneState, Shared};
 
 pub use reload::{NewLimits, Table};
+pub use survey::{LaneView, Level, LimitView, ModelView, Newcomer, Outlook, Survey, Waiting, Who};
 
 /// Those who share what is learned about the gateway: one upstream credential (by fingerprint) and one model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -136,18 +138,6 @@ pub struct Rules {
     pub lane: LaneRules,
     /// Whether everyone's limits hold anybody up.
     pub mode: Mode,
-}
-
-/// What there is to see of one flow.
-#[derive(Debug, Clone)]
-pub struct FlowView {
-    pub model: ModelId,
-    pub in_flight: u32,
-    pub waiting: u64,
-    /// The tightest number of slots on its way.
-    pub slots: Option<u32>,
-    /// How long its lane is closed.
-    pub cooldown: Duration,
 }
 
 /// Everyone who waits, and every limit they wait for. Limits can be changed under way ([`Queue::reload`]).
@@ -301,6 +291,8 @@ impl<W> Queue<W> {
         if let (true, Place::Parked(limit)) = (behind, flow.place) {
             self.limits[limit.0].line.grow(tenant, load);
         }
+        let lane = flow.lane;
+        self.lane_mut(lane).waiting += 1;
         self.tenants.joins(tenant);
         if head.is_none() {
             self.tenants.share_mut(tenant).backlog.insert(id);
@@ -365,6 +357,7 @@ impl<W> Queue<W> {
             Used::Refused => grant.cost.prompt.max(LEAST_SHARE),
             Used::Tokens(tokens) => tokens.max(LEAST_SHARE),
         };
+        self.tenants.share_mut(tenant).in_flight -= 1;
         // As it was charged: its weight may have changed meanwhile.
         let weight = grant.weight;
         let (charged, service) = (Virtual::of(charged.max(LEAST_SHARE), weight), Virtual::of(share, weight));
@@ -543,6 +536,7 @@ impl<W> Queue<W> {
         self.reserved_tokens = self.reserved_tokens.saturating_add(tokens);
         let tenant = flow.tenant;
         let share = self.tenants.share_mut(tenant);
+        share.in_flight += 1;
         let service = Virtual::of(tokens.max(LEAST_SHARE), share.weight);
         for id in &flow.path {
             let line = &mut self.limits[id.0].line;
@@ -744,7 +738,9 @@ impl<W> Queue<W> {
         if flow.waiters.is_empty() {
             self.tenants.share_mut(flow.tenant).backlog.remove(&id);
         }
-        self.tenants.leaves(flow.tenant);
+        let (tenant, lane) = (flow.tenant, flow.lane);
+        self.tenants.leaves(tenant);
+        self.lane_mut(lane).waiting -= 1;
         self.waiting -= 1;
         Some(waiter)
     }

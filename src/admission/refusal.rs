@@ -44,6 +44,13 @@ impl Refusal {
         match self.cause {
             Cause::Draining => "weir is about to stop; try again in a second, another instance will answer".to_owned(),
             Cause::QueueFull => format!("weir's queue is full, held up by {limit}; try again in {back}"),
+            Cause::Unavailable => format!(
+                "the gateway fails, or has too much to do{}, and weir does not wait for it any longer; try again in {back}",
+                match &self.scope {
+                    Some(Scope::Model(name)) => format!(" for model {name}"),
+                    Some(Scope::Global | Scope::Client(_)) | None => String::new(),
+                }
+            ),
             _ => format!(
                 "{limit} is used up: the wait would be about {}, and {} is allowed; try again in {back}",
                 tenths(self.wait),

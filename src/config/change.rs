@@ -81,11 +81,12 @@ impl Config {
     /// Every secret, by its option's path as in [`Config::options`].
     fn secrets(&self) -> BTreeMap<String, &Secret> {
         let lent = self.upstream.api_key.iter().map(|key| ("upstream.api_key".to_owned(), key));
+        let asked_for = self.server.admin_token.iter().map(|token| ("server.admin_token".to_owned(), token));
         let of_clients = self.clients.iter().map(|(name, client)| {
             let path = format!("clients.{}.key", super::effective::quoted(name));
             (path, &client.key)
         });
-        lent.chain(of_clients).collect()
+        lent.chain(asked_for).chain(of_clients).collect()
     }
 }
 
@@ -94,7 +95,7 @@ mod tests {
     use super::*;
 
     /// Options that can change while weir runs.
-    const LIVE: [&str; 41] = [
+    const LIVE: [&str; 42] = [
         "breaker.give_up",
         "clients.NAME.concurrency",
         "clients.NAME.key",
@@ -121,6 +122,7 @@ mod tests {
         "retry.budget",
         "retry.max_delay",
         "retry.max_retries",
+        "server.admin_token",
         "server.allow_anonymous",
         "server.body_timeout",
         "server.drain",

@@ -27,6 +27,9 @@ impl Config {
             }
         }
         writeln!(f, "admin_listen = {}", quoted(&server.admin_listen))?;
+        if let Some(token) = &server.admin_token {
+            writeln!(f, "admin_token = {}", quoted(token))?;
+        }
         writeln!(f, "max_body = \"{}\"", format_size(server.max_body))?;
         writeln!(f, "max_connections = {}", server.max_connections)?;
         writeln!(f, "header_timeout = \"{}\"", format_duration(server.header_timeout))?;

@@ -54,6 +54,8 @@ pub struct Config {
 pub struct Server {
     pub listen: Vec<Address>,
     pub admin_listen: Address,
+    /// What operators have to send; absent, whoever can connect is one.
+    pub admin_token: Option<Secret>,
     /// Bytes of a metered call's body.
     pub max_body: u64,
     pub max_connections: u32,
@@ -280,7 +282,7 @@ impl Config {
         let clients = root.sections("clients");
         Self {
             models: models.iter().map(|(name, section)| (name.to_string(), LimitTable::read(section))).collect(),
-            server: Server::read(&root.section("server"), &upstream, !clients.is_empty()),
+            server: Server::read(&root.section("server"), &upstream, !clients.is_empty(), env),
             clients: Client::read_all(&clients, env),
             upstream,
             limits,
@@ -294,11 +296,16 @@ impl Config {
 }
 
 impl Server {
-    fn read(section: &Section<'_>, upstream: &Upstream, knows_clients: bool) -> Self {
-        section.not_yet("admin_token", "keep admin_listen on a loopback address and leave admin_token out");
+    fn read(
+        section: &Section<'_>,
+        upstream: &Upstream,
+        knows_clients: bool,
+        env: &dyn Fn(&str) -> Option<String>,
+    ) -> Self {
         let server = Self {
             listen: section.get_checked("listen", vec![loopback(8080)], at_least_one),
             admin_listen: section.get_or("admin_listen", loopback(9090)),
+            admin_token: Secret::read(section, "admin_token", env),
             max_body: section.get_checked("max_body", Size(32 << 20), |size| size.at_least(1 << 10)).0,
             max_connections: section.get_checked("max_connections", 10_000, positive),
             header_timeout: section.get_checked("header_timeout", Duration::from_secs(10), some_time),

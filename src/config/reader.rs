@@ -158,13 +158,6 @@ impl<'s> Section<'s> {
         self.peek(key).is_some()
     }
 
-    /// A key that other versions know and this one does nothing with: better an error than silence.
-    pub fn not_yet(&self, key: &'s str, instead: &str) {
-        if let Some((line, _)) = self.find(key) {
-            self.complain_at(line, key, format!("has no effect in this version of weir; {instead}"));
-        }
-    }
-
     /// Complains about the value at `key`.
     pub fn complain(&self, key: &str, message: impl Into<String>) {
         let line = self.peek(key).map(|(line, _)| line).or(self.line);

@@ -160,12 +160,6 @@ bugdet = 0.2
 }
 
 #[test]
-fn a_key_without_effect_yet_is_said_to_be_one() {
-    let found = complaints("[server]\nadmin_token = \"x\"");
-    assert!(found.len() == 1 && found[0].contains("no effect in this version"), "{found:?}");
-}
-
-#[test]
 fn a_certificate_and_its_key_are_named_by_their_files() {
     let expected = Tls { cert: "a.pem".into(), key: "b.pem".into() };
     for source in

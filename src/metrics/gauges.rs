@@ -12,6 +12,12 @@ pub struct ModelGauges {
     pub concurrency_limit: Option<u32>,
     /// How long the gateway wants to be left alone by it.
     pub cooldown: Duration,
+    /// The breaker holds requests back.
+    pub breaker_open: bool,
+    /// What the gateway's headers tell, and what weir has inferred from refusals.
+    pub told_requests_per_second: Option<f64>,
+    pub inferred_requests_per_second: Option<f64>,
+    pub told_tokens_per_second: Option<f64>,
 }
 
 /// What is left of one limit, read when scraped.
@@ -20,7 +26,7 @@ pub struct LimitGauge {
     /// `global`, `model` or `client`.
     pub scope: &'static str,
     /// The model's name, or the client's; empty for the global limits.
-    pub name: String,
+    pub name: Arc<str>,
     /// `requests`, `tokens` or `concurrency`.
     pub unit: &'static str,
     pub remaining: u64,

@@ -7,6 +7,7 @@
 
 mod gauges;
 mod growing;
+mod reading;
 mod text;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,6 +23,7 @@ use crate::models::{ModelId, Models};
 use growing::Growing;
 
 pub use gauges::{Gauges, LimitGauge, ModelGauges};
+pub use reading::{Counts, Distribution, ModelReading, Reading};
 
 /// Defines a label's closed vocabulary.
 macro_rules! vocabulary {

@@ -74,7 +74,7 @@ impl Metrics {
         [
             of(
                 "weir_client_disconnects_total",
-                "Clients that went away before their answer was whole, by how far the request had come.",
+                "Clients that went away before their answer was whole, by how far the request had come: in the queue, at the gateway, or in the stream.",
                 phases.map(|(phase, count)| counter(count, &[("phase", phase.label())])).collect(),
             ),
             of(
@@ -127,25 +127,25 @@ macro_rules! values {
 const PAIR_COUNTERS: [CounterFamily<PairMetrics>; 4] = [
     CounterFamily {
         name: "weir_requests_total",
-        help: "Requests, by how they ended for the client.",
+        help: "Requests that have ended, by how they did for the client. Errors that clients see are upstream_error, failed and refused.",
         label: "outcome",
         values: values!(Outcome, requests),
     },
     CounterFamily {
         name: "weir_refused_total",
-        help: "Requests that weir refused, by whose limit it was.",
+        help: "Requests that weir refused, by whose limit it was: requests, tokens, concurrency, queue (full), breaker, drain. Not those that the gateway refused.",
         label: "reason",
         values: values!(RefusedBy, refused),
     },
     CounterFamily {
         name: "weir_observed_total",
-        help: "Requests that a limit in observe mode would have refused.",
+        help: "Requests that a limit in observe mode would have refused; they passed. Look at it before the limit is enforced.",
         label: "reason",
         values: values!(RefusedBy, observed),
     },
     CounterFamily {
         name: "weir_tokens_total",
-        help: "Tokens as the gateway counts them. cached is part of prompt, reasoning part of completion.",
+        help: "Tokens as the gateway counts them, of answers that told their usage. cached is part of prompt, reasoning part of completion: add prompt and completion only.",
         label: "kind",
         values: values!(TokenKind, tokens),
     },
@@ -154,13 +154,13 @@ const PAIR_COUNTERS: [CounterFamily<PairMetrics>; 4] = [
 const MODEL_COUNTERS: [CounterFamily<ModelMetrics>; 2] = [
     CounterFamily {
         name: "weir_upstream_attempts_total",
-        help: "Attempts at the gateway, by how they ended. More than requests: there were retries.",
+        help: "Attempts at the gateway, by how they ended. 429 and 5xx are what the gateway refused or failed at, whether or not a retry made good for it.",
         label: "result",
         values: values!(AttemptResult, attempts),
     },
     CounterFamily {
         name: "weir_retries_total",
-        help: "Attempts that were made again, by how the one before had ended.",
+        help: "Attempts that were made again, by how the one before had ended. Many of 429 say that a limit of weir's is higher than the gateway's.",
         label: "reason",
         values: values!(AttemptResult, retries),
     },
@@ -190,27 +190,27 @@ struct HistogramFamily {
 const HISTOGRAMS: [HistogramFamily; 5] = [
     HistogramFamily {
         name: "weir_request_duration_seconds",
-        help: "From a request's head to the last byte of its answer, waiting and retries included; answered requests only.",
+        help: "From a request's head to the last byte of its answer: what a client sees, waiting and retries included. Answered requests only: no refusals, no failures.",
         pick: |metrics| &metrics.request_duration,
     },
     HistogramFamily {
         name: "weir_upstream_duration_seconds",
-        help: "One attempt at the gateway, from sending it to its end: the model's own latency.",
+        help: "One attempt at the gateway, from sending it to its end, refused and failed ones included; no waiting in weir: the model's own latency.",
         pick: |metrics| &metrics.upstream_duration,
     },
     HistogramFamily {
         name: "weir_time_to_first_token_seconds",
-        help: "From sending the attempt that answered with a stream to its first output.",
+        help: "Streams only: from sending the attempt that answered to its first output. Waiting in weir is not in it; see weir_queue_wait_seconds.",
         pick: |metrics| &metrics.first_token,
     },
     HistogramFamily {
         name: "weir_time_per_output_token_seconds",
-        help: "Mean time for each token of a stream after the first.",
+        help: "Streams that told their usage: the mean time for each token after the first.",
         pick: |metrics| &metrics.per_output_token,
     },
     HistogramFamily {
         name: "weir_queue_wait_seconds",
-        help: "How long an attempt waited for its permit, or until it was refused.",
+        help: "How long an attempt waited in weir for its permit, or until it was refused; near 0 where no limit was in the way.",
         pick: |metrics| &metrics.queue_wait,
     },
 ];
@@ -223,8 +223,7 @@ impl HistogramFamily {
     }
 }
 
-const OVERHEAD_HELP: &str =
-    "What weir itself added before an answer began, without waiting and without the gateway's time.";
+const OVERHEAD_HELP: &str = "What weir itself added before an answer began: without waiting, without the gateway's time, without reading the client's body. It grows when weir is short of CPU.";
 
 fn gauge_families(gauges: &Gauges) -> Vec<MetricFamily> {
     let of_models = |value: fn(&ModelGauges) -> Option<f64>| {
@@ -245,17 +244,40 @@ fn gauge_families(gauges: &Gauges) -> Vec<MetricFamily> {
     let version = gauge(1.0, &[("version", env!("CARGO_PKG_VERSION"))]);
     let row = |name, help, metrics| family(name, help, MetricType::GAUGE, metrics);
     vec![
-        row("weir_in_flight", "Requests that hold a slot now.", of_models(|model| Some(model.in_flight as f64))),
-        row("weir_waiting", "Requests in the queue now.", of_models(|model| Some(model.waiting as f64))),
+        row(
+            "weir_in_flight",
+            "Requests that hold a permit now: sent to the gateway, until the last byte of the answer.",
+            of_models(|model| Some(model.in_flight as f64)),
+        ),
+        row(
+            "weir_waiting",
+            "Requests in the queue now. weir_queue_wait_seconds says how long they take to leave it.",
+            of_models(|model| Some(model.waiting as f64)),
+        ),
         row(
             "weir_concurrency_limit",
-            "How many of the model's requests may be under way: found by trying where limits.concurrency is adaptive.",
+            "How many of the model's requests may be under way: configured, or found by trying where limits.concurrency is adaptive (of the key that has most, where clients pass keys of their own).",
             of_models(|model| model.concurrency_limit.map(f64::from)),
         ),
         row(
             "weir_cooldown_seconds",
-            "How long no request for the model is let through yet: the gateway has said so, or fails.",
+            "How long no request for the model is let through yet: the gateway has said so (429, 503 with a hint), or fails. Of several keys the longest.",
             of_models(|model| Some(model.cooldown.as_secs_f64())),
+        ),
+        row(
+            "weir_breaker_open",
+            "1 while the gateway fails and the breaker holds the model's requests back but for one a second; after breaker.give_up they are refused. 0 where it is known and well.",
+            of_models(|model| Some(f64::from(u8::from(model.breaker_open)))),
+        ),
+        row(
+            "weir_learned_requests_per_second",
+            "The quota of requests that weir has learned of the model's gateway: source told by its headers, or inferred from its refusals (of the key that is used most, where clients pass keys of their own). Absent while nothing is known, which is as it should be where nothing is refused.",
+            learned_requests(&gauges.models),
+        ),
+        row(
+            "weir_learned_tokens_per_second",
+            "The quota of tokens that the gateway's headers tell of the model, as fast as it was seen to come back. Absent while nothing is known.",
+            of_models(|model| model.told_tokens_per_second),
         ),
         row(
             "weir_limit_remaining",
@@ -299,6 +321,18 @@ fn gauge_families(gauges: &Gauges) -> Vec<MetricFamily> {
         ),
         row("weir_build_info", "1, with the version as a label.", vec![version]),
     ]
+}
+
+fn learned_requests(models: &[ModelGauges]) -> Vec<Metric> {
+    let of_model = |model: &ModelGauges| {
+        let sources = [("told", model.told_requests_per_second), ("inferred", model.inferred_requests_per_second)];
+        let labels = |source| [("model", Arc::clone(&model.model)), ("source", Arc::from(source))];
+        let known = sources.into_iter().filter_map(move |(source, rate)| Some((labels(source), rate?)));
+        known
+            .map(|(labels, rate)| gauge(rate, &labels.each_ref().map(|(name, value)| (*name, &**value))))
+            .collect::<Vec<_>>()
+    };
+    models.iter().flat_map(of_model).collect()
 }
 
 fn counter(count: u64, labels: &[(&str, &str)]) -> Metric {
@@ -425,7 +459,7 @@ mod tests {
             models: vec![ModelGauges { model: "a".into(), concurrency_limit: Some(10), ..ModelGauges::default() }],
             limits: vec![LimitGauge {
                 scope: "global",
-                name: String::new(),
+                name: Arc::default(),
                 unit: "requests",
                 remaining: 3,
                 capacity: 5,

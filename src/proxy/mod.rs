@@ -30,6 +30,7 @@ use tokio::time::Instant;
 
 use crate::access_log::AccessLog;
 use crate::admission::{Applicant, ByteBudget, Gate, Permit, Standing};
+use crate::clients::Clients;
 use crate::config::Config;
 use crate::config::change::Change;
 use crate::error::{Cause, Failure};
@@ -213,6 +214,16 @@ impl Proxy {
     /// The last requests that were refused, failed or answered with an error, the newest first.
     pub fn recent_errors(&self) -> Vec<RecentError> {
         self.shared.books.recent_errors.latest()
+    }
+
+    /// Who is known now, and how.
+    pub fn clients(&self) -> Arc<Clients> {
+        self.shared.settings().clients.clone()
+    }
+
+    /// The models known by name.
+    pub fn models(&self) -> &Models {
+        &self.shared.models
     }
 
     /// What there is to see now; of tasks and clients' connections the proxy knows nothing.

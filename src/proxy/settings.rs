@@ -16,7 +16,7 @@ use crate::retry::Policy;
 /// One configuration, as requests need it.
 pub(super) struct Settings {
     pub(super) config: Arc<Config>,
-    pub(super) clients: Clients,
+    pub(super) clients: Arc<Clients>,
     pub(super) policy: Policy,
     pub(super) host: HeaderValue,
     /// `None` where the clients' own keys go through.
@@ -26,7 +26,7 @@ pub(super) struct Settings {
 impl Settings {
     /// What is in force at the start.
     pub(super) fn new(config: Arc<Config>) -> Self {
-        let (clients, policy) = (Clients::new(&config), Policy::new(&config.retry, Instant::now()));
+        let (clients, policy) = (Arc::new(Clients::new(&config)), Policy::new(&config.retry, Instant::now()));
         Self::of(config, clients, policy)
     }
 
@@ -35,11 +35,11 @@ impl Settings {
     /// # Errors
     /// There have been too many names of clients since the start.
     pub(super) fn changed_to(&self, config: Arc<Config>) -> Result<Self, String> {
-        let (clients, policy) = (self.clients.changed_to(&config)?, self.policy.changed_to(&config.retry));
+        let (clients, policy) = (Arc::new(self.clients.changed_to(&config)?), self.policy.changed_to(&config.retry));
         Ok(Self::of(config, clients, policy))
     }
 
-    fn of(config: Arc<Config>, clients: Clients, policy: Policy) -> Self {
+    fn of(config: Arc<Config>, clients: Arc<Clients>, policy: Policy) -> Self {
         let authority = config.upstream.base_url.authority().as_str();
         let host = HeaderValue::from_str(authority).expect("an authority is visible ASCII");
         let key = config.upstream.api_key.as_ref().map(LentKey::new);

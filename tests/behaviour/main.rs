@@ -5,6 +5,7 @@ mod network;
 mod world;
 
 mod access_log;
+mod admin;
 mod clients;
 mod drain;
 mod edge;

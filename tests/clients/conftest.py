@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from browser import Browser, running_browser
 from gateway import Gateway, running_gateway
 from harness import Simulator, Weir, running_simulator, running_weir
 
@@ -38,3 +39,16 @@ def start_weir(stack: ExitStack, tmp_path_factory: pytest.TempPathFactory) -> Ca
         return stack.enter_context(running_weir(directory, before.base_url, config))
 
     return start
+
+
+@pytest.fixture(scope="module")
+def one_browser() -> Iterator[Browser]:
+    """Starting one takes seconds; each test has it with nothing remembered."""
+    with running_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(one_browser: Browser) -> Browser:
+    one_browser.forget()
+    return one_browser

@@ -488,7 +488,9 @@ impl<'s> World<'s> {
         if self.log.slices.is_empty() {
             return;
         }
-        let of_lanes = self.queue.flows(self.instant()).filter_map(|flow| flow.slots).reduce(|all, slots| all + slots);
+        let models = self.queue.model_views(self.instant());
+        let of_lanes =
+            models.iter().filter_map(|model| Some(model.slots? * model.lanes)).reduce(|all, slots| all + slots);
         let slots = self.scenario.told.slots.or(of_lanes);
         let (in_flight, waiting) = (self.under_way, self.waiting);
         let left = self.gateway.left(0, self.now);
@@ -503,10 +505,9 @@ impl<'s> World<'s> {
         if left > 0 {
             log.violate(|| format!("{left} requests have not ended exactly once"));
         }
-        let (under_way, waiting): (Vec<u32>, Vec<u64>) =
-            queue.flows(now).map(|flow| (flow.in_flight, flow.waiting)).unzip();
-        if under_way.iter().any(|number| *number > 0) || waiting.iter().any(|number| *number > 0) {
-            log.violate(|| format!("flows have {under_way:?} under way and {waiting:?} waiting at the end"));
+        for model in queue.model_views(now).iter().filter(|model| (model.in_flight, model.waiting) != (0, 0)) {
+            let (under_way, waiting) = (model.in_flight, model.waiting);
+            log.violate(|| format!("a model has {under_way} under way and {waiting} waiting at the end"));
         }
         let slots = |limit: &weir::admission::limit::Limit| match &limit.measure {
             Measure::Concurrency(slots) => slots.in_use(),

@@ -205,6 +205,11 @@ impl Inferred {
         Duration::from_secs_f64(seconds.min(DAY))
     }
 
+    /// How many a second may pass in the long run.
+    pub fn per_second(&self) -> f64 {
+        self.pace
+    }
+
     /// How many a second have passed of late; 0 where that is not known.
     fn of_late(&self, now: Instant) -> f64 {
         let since = self.latest.front().filter(|_| self.latest.len() + 1 >= LATEST);

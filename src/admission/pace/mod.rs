@@ -15,6 +15,7 @@ pub mod inferred;
 mod suspicion;
 pub mod told;
 pub mod valve;
+mod view;
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -29,7 +30,11 @@ use adaptive::{Adaptive, Taken};
 use inferred::{Inferred, Opened};
 use suspicion::{Seen, Suspicion, Verdict};
 use told::{Mark, Told};
-use valve::{Passage, Valve, Why};
+use valve::{Passage, Valve};
+
+pub use told::ToldView;
+pub use valve::Why;
+pub use view::{Hold, PaceView, SlotsView};
 
 /// A timer rings up to a tick late: who was due at most so long ago counts as having passed in time.
 const TIMER_SLACK: Duration = Duration::from_millis(2);

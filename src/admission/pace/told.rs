@@ -115,6 +115,21 @@ pub struct Told {
     guesses: bool,
 }
 
+/// How a quota stands that the gateway tells.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct ToldView {
+    /// In the gateway's words: for whatever time it has in mind.
+    pub limit: f64,
+    /// The most that it was seen to hold at once, which may be less.
+    pub capacity: f64,
+    /// As weir reckons it now: what was told, less what has passed since, and with what has come back.
+    pub remaining: f64,
+    /// How fast it comes back, as far as that was seen; of a window at most, since that is as long as it was seen to be at least.
+    pub per_second: Option<f64>,
+    /// When all of it is back, where it comes back all at once.
+    pub window_ends_in: Option<Duration>,
+}
+
 #[derive(Debug, Clone, Copy)]
 struct Answer {
     sent_at: Instant,
@@ -292,6 +307,26 @@ impl Told {
     /// Whether the rate was seen and not only guessed.
     pub fn is_certain(&self) -> bool {
         self.measured.is_some() || self.slope().is_some_and(|slope| slope.lacking >= CERTAIN)
+    }
+
+    /// How it stands, for operators.
+    pub fn view(&self, now: Instant) -> ToldView {
+        let window = match self.shape {
+            Shape::Bucket { .. } => None,
+            Shape::Window { .. } => Some(self.next_window(now).saturating_duration_since(now)),
+        };
+        let per_second = match self.shape {
+            Shape::Bucket { rate } => self.is_certain().then_some(rate),
+            Shape::Window { .. } if self.period.is_zero() => None,
+            Shape::Window { .. } => Some(self.limit / self.period.as_secs_f64()),
+        };
+        ToldView {
+            limit: self.limit,
+            capacity: self.capacity,
+            remaining: self.level_at(now).clamp(0.0, self.capacity),
+            per_second,
+            window_ends_in: window,
+        }
     }
 
     /// What the gateway charges for it, as far as it can be had at once.

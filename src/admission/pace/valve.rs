@@ -344,6 +344,12 @@ impl Valve {
         of_late && self.gives_up_at().is_some_and(|at| at <= now)
     }
 
+    /// Since when the gateway has failed, while the breaker holds requests back for it.
+    pub fn failing_since(&self, now: Instant) -> Option<Instant> {
+        let of_late = |trouble: &Trouble| now.saturating_duration_since(trouble.last_at) <= self.give_up;
+        self.trouble.filter(|trouble| trouble.opened && of_late(trouble)).map(|trouble| trouble.since)
+    }
+
     /// Silence for longer than that means acceptance; `None` where it means nothing.
     pub fn quiet(&self, why: Why) -> Option<Duration> {
         let [least, most] = QUIET;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::{Ask, FlowView, Lane, Place, Queue, Waiter};
+use super::{Ask, Lane, Place, Queue, Waiter};
 use crate::admission::fair::TenantId;
 use crate::admission::limit::{FlowId, Limit, LimitId, Measure, Rank, Scope};
 use crate::admission::line::Load;
@@ -33,9 +33,11 @@ pub(super) struct LaneId(usize);
 
 /// What belongs to one lane.
 pub(super) struct LaneState {
-    lane: Lane,
-    pace: LimitId,
+    pub(super) lane: Lane,
+    pub(super) pace: LimitId,
     flows: u32,
+    /// Requests that wait in it.
+    pub(super) waiting: u64,
 }
 
 /// The lanes of one credential, and what they have in common.
@@ -48,7 +50,7 @@ pub(super) struct Shared {
 /// One tenant's requests in one lane.
 pub(super) struct Flow<W> {
     pub(super) tenant: TenantId,
-    lane: LaneId,
+    pub(super) lane: LaneId,
     pub(super) model: ModelId,
     /// Every limit on the way that can hold somebody up, the widest first.
     pub(super) path: Vec<LimitId>,
@@ -73,30 +75,52 @@ impl<W> Flow<W> {
 }
 
 impl<W> Queue<W> {
-    /// Every flow that somebody uses.
-    pub fn flows(&self, now: Instant) -> impl Iterator<Item = FlowView> + '_ {
-        self.of_flow.values().map(move |id| {
-            let flow = &self.flows[id.0];
-            FlowView {
-                model: flow.model,
-                in_flight: flow.in_flight,
-                waiting: flow.waiters.len() as u64,
-                slots: self.tightest_slots(flow),
-                cooldown: self.cooldown(self.pace_of(*id), now),
-            }
-        })
-    }
-
     /// The limits that a request of this tenant in this lane has to pass; none where nobody has come that way lately.
     pub fn limits_on_the_way(&self, tenant: Tenant, lane: Lane) -> impl Iterator<Item = &Limit> + '_ {
-        let flow = self.tenants.known(tenant).zip(self.of_lane.get(&self.lane_in_use(lane)).copied());
-        let flow = flow.and_then(|key| self.of_flow.get(&key)).map(|id| &self.flows[id.0]);
+        let flow = self.known_flow(tenant, lane).map(|id| &self.flows[id.0]);
         flow.into_iter().flat_map(|flow| &flow.path).map(|id| &self.limits[id.0])
     }
 
     /// Whether this lane's gateway has failed so long that nobody is to wait for it.
     pub fn has_given_up(&self, tenant: Tenant, lane: Lane, now: Instant) -> bool {
         self.limits_on_the_way(tenant, lane).any(|limit| limit.given_up(now))
+    }
+
+    pub(super) fn lane_mut(&mut self, lane: LaneId) -> &mut LaneState {
+        &mut self.lanes[lane.0]
+    }
+
+    /// Every lane there is.
+    pub(super) fn lanes_in_use(&self) -> impl Iterator<Item = &LaneState> + '_ {
+        self.of_lane.values().map(|id| &self.lanes[id.0])
+    }
+
+    /// The flow in which this tenant's requests wait in this lane, where there is one.
+    pub(super) fn known_flow(&self, tenant: Tenant, lane: Lane) -> Option<FlowId> {
+        let key = self.tenants.known(tenant).zip(self.of_lane.get(&self.lane_in_use(lane)).copied());
+        key.and_then(|key| self.of_flow.get(&key)).copied()
+    }
+
+    /// The lane, where anything is known of it.
+    pub(super) fn known_lane(&self, lane: Lane) -> Option<&LaneState> {
+        self.of_lane.get(&self.lane_in_use(lane)).map(|id| &self.lanes[id.0])
+    }
+
+    /// The lane that a flow is in.
+    pub(super) fn lane_of_flow(&self, flow: &Flow<W>) -> Lane {
+        self.lanes[flow.lane.0].lane
+    }
+
+    /// The limits on a way, the widest first.
+    pub(super) fn limits_on(
+        &self,
+        tenant: Tenant,
+        model: ModelId,
+        pace: Option<LimitId>,
+    ) -> impl Iterator<Item = LimitId> + '_ {
+        let of_model = self.of_model.get(&model).into_iter().flatten();
+        let client = if let Tenant::Named(client) = tenant { self.of_client.get(&client) } else { None };
+        self.global.iter().chain(of_model).chain(client.into_iter().flatten()).copied().chain(pace)
     }
 
     /// The pace of the flow's lane.
@@ -134,7 +158,7 @@ impl<W> Queue<W> {
         }
         let pace = Measure::Pace(Box::new(Pace::new(self.rules.lane, now)));
         let pace = self.add_limit(Limit::new(Scope::Model(model_name()), pace, self.rules.mode));
-        let state = LaneState { lane, pace, flows: 0 };
+        let state = LaneState { lane, pace, flows: 0, waiting: 0 };
         let id = match self.free_lanes.pop() {
             Some(id) => {
                 self.lanes[id.0] = state;
@@ -278,23 +302,5 @@ impl<W> Queue<W> {
         self.limits.iter_mut().for_each(|limit| limit.forget(&forgotten));
         // Where many are in use, not at each newcomer.
         self.flows_before_sweep = MAX_IDLE.max(2 * self.of_flow.len());
-    }
-
-    fn cooldown(&self, pace: LimitId, now: Instant) -> Duration {
-        match &self.limits[pace.0].measure {
-            Measure::Pace(pace) => pace.cooldown(now),
-            Measure::Requests(_) | Measure::Tokens(_) | Measure::Concurrency(_) => Duration::ZERO,
-        }
-    }
-
-    fn tightest_slots(&self, flow: &Flow<W>) -> Option<u32> {
-        let limits = flow.way().map(|id| &self.limits[id.0]);
-        let of_everyone = limits.filter(|limit| !matches!(limit.scope, Scope::Client(_)));
-        let numbers = of_everyone.filter_map(|limit| match &limit.measure {
-            Measure::Concurrency(slots) => Some(slots.limit()),
-            Measure::Pace(pace) => pace.slot_limit(),
-            Measure::Requests(_) | Measure::Tokens(_) => None,
-        });
-        numbers.min()
     }
 }

@@ -17,6 +17,7 @@ use crate::admission::fair::{TenantId, Virtual};
 use crate::admission::limit::{FlowId, LimitId};
 use crate::admission::line::Load;
 use crate::admission::refusal::Refusal;
+use crate::config::Weight;
 use crate::error::Cause;
 
 /// Flows of others that are looked at one by one. What is not looked at is taken not to be ahead.
@@ -50,6 +51,7 @@ impl<W> Queue<W> {
     /// theirs when they come: a newcomer is taken in only if it may be expected to be served in time with them.
     fn too_late_behind(&mut self, at: LimitId, id: FlowId, ask: &Ask, now: Instant) -> Option<Instant> {
         let Flow { tenant, load: ahead, .. } = self.flows[id.0];
+        let weight = self.tenants.share(tenant).weight;
         let limit = &mut self.limits[at.0];
         let reserved = limit.reserved(tenant, now);
         let promised = reserved.is_some() && !limit.redeem(tenant, now);
@@ -61,7 +63,8 @@ impl<W> Queue<W> {
         if at_best > until {
             return Some(at_best);
         }
-        let expected = limit.expected_at(self.with_shares(at, id, self.own_ahead(at, id).plus(own_part)), now);
+        let expected =
+            limit.expected_at(self.with_shares(at, tenant, weight, self.own_ahead(at, id).plus(own_part)), now);
         if expected <= until || promised {
             return (expected > until).then_some(expected);
         }
@@ -81,8 +84,9 @@ impl<W> Queue<W> {
         now: Instant,
     ) -> Refusal {
         let tenant = self.flows[id.0].tenant;
+        let weight = self.tenants.share(tenant).weight;
         let own_part = self.limits[by.0].own_part(cost.tokens());
-        let load = self.with_shares(by, id, self.own_ahead(by, id).plus(own_part));
+        let load = self.with_shares(by, tenant, weight, self.own_ahead(by, id).plus(own_part));
         let takes = self.time_in_turn(by, tenant, own_part);
         let limit = &mut self.limits[by.0];
         let wait = limit.expected_at(load, now) - now;
@@ -107,20 +111,19 @@ impl<W> Queue<W> {
     }
 
     /// What of its own tenant waits for this limit before a newcomer to the flow.
-    fn own_ahead(&self, at: LimitId, id: FlowId) -> Load {
+    pub(super) fn own_ahead(&self, at: LimitId, id: FlowId) -> Load {
         let flow = &self.flows[id.0];
         let here = self.limits[at.0].line.load_of(flow.tenant);
         if flow.place == Place::Parked(at) { here } else { here.plus(flow.load) }
     }
 
-    /// A load of this flow's tenant, and what of the others goes through with it: as was seen of late or, where nothing was,
-    /// by their shares.
-    fn with_shares(&self, at: LimitId, id: FlowId, own: Load) -> Load {
-        let tenant = self.flows[id.0].tenant;
+    /// A load of this tenant, and what of the others goes through with it: as was seen of late or, where nothing was, by
+    /// their shares.
+    pub(super) fn with_shares(&self, at: LimitId, tenant: TenantId, weight: Weight, own: Load) -> Load {
         if let Some(shared_by) = self.limits[at.0].shared_by(tenant) {
             // Before its first turn the others come as far as it is already.
             let line = &self.limits[at.0].line;
-            let lead = line.clock().tokens_until(line.tag(tenant), self.tenants.share(tenant).weight);
+            let lead = line.clock().tokens_until(line.tag(tenant), weight);
             let own_tokens = own.tokens.max(LEAST_SHARE) as f64;
             let others = (shared_by - 1.0) * (own_tokens + lead as f64) / own_tokens;
             let part = |own: u64| (own as f64 * others) as u64;
@@ -132,7 +135,7 @@ impl<W> Queue<W> {
             });
         }
         let line = &self.limits[at.0].line;
-        let weight = u128::from(self.tenants.share(tenant).weight.thousandths());
+        let weight = u128::from(weight.thousandths());
         let others = u128::from(line.weights_without(tenant));
         let part = |own: u64| u64::try_from(u128::from(own) * others / weight).unwrap_or(u64::MAX);
         let waiting = line.load().minus(line.load_of(tenant));
