@@ -151,7 +151,7 @@ impl Explanation {
 impl LanePart {
     fn of(lane: &LaneView, model: &Arc<str>) -> Self {
         let scope = Scope::Model(model.clone());
-        let view = LimitView { scope, mode: Mode::Enforce, level: Level::Pace(lane.pace), waiting: lane.waiting };
+        let view = LimitView { scope, mode: Mode::Enforce, level: Level::Pace(lane.pace), waiting: lane.held };
         Self {
             own: lane.own,
             in_flight: lane.pace.in_flight,

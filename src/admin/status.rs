@@ -515,7 +515,7 @@ fn model(
     let scope = Scope::Model(name.clone());
     let pace = view.map(|view| view.busiest);
     if let (Some(view), Some(pace)) = (view, pace) {
-        let lane = LimitView { scope, mode: Mode::Enforce, level: Level::Pace(pace), waiting: view.waiting };
+        let lane = LimitView { scope, mode: Mode::Enforce, level: Level::Pace(pace), waiting: view.held };
         limits.extend(LimitStatus::learned(&lane, &pace));
     }
     Model {

@@ -301,6 +301,16 @@ fn weir_refuses_to_lend_its_key_to_strangers() {
 }
 
 #[test]
+fn the_admin_token_is_a_secret_that_is_not_printed() {
+    let config = parse("[server]\nadmin_token = \"tok-very-secret\"").expect("a good token");
+    assert_eq!(config.server.admin_token.as_ref().map(Secret::reveal), Some("tok-very-secret"));
+    let shown = format!("{config} {config:?}");
+    assert!(shown.contains("admin_token = \"***\"") && !shown.contains("very"), "{shown}");
+    assert!(complaints("[server]\nadmin_token = \"env:NO_SUCH_VARIABLE\"")[0].contains("server.admin_token"));
+    assert_eq!(Config::default().server.admin_token, None);
+}
+
+#[test]
 fn the_admin_listener_has_an_address_of_its_own() {
     assert!(complaints("[server]\nadmin_listen = \"127.0.0.1:8080\"")[0].contains("server.admin_listen"));
     let same = "[server]\nlisten = [\"127.0.0.1:1\", \"unix:/run/a\"]\nadmin_listen = \"unix:/run/a\"";

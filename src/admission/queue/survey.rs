@@ -66,6 +66,8 @@ pub struct ModelView {
     pub lanes: u32,
     pub in_flight: u64,
     pub waiting: u64,
+    /// Those of them that what was learned of their lane holds up.
+    pub held: u64,
     /// The tightest number of slots that its requests have to pass, clients' own aside; of the lane that has most.
     pub slots: Option<u32>,
     /// The lane that is used most.
@@ -144,6 +146,8 @@ pub struct LaneView {
     /// It is the newcomer's own.
     pub own: bool,
     pub waiting: u64,
+    /// Those of them that what was learned of the lane holds up.
+    pub held: u64,
     pub pace: PaceView,
 }
 
@@ -173,6 +177,7 @@ impl<W> Queue<W> {
             let slots = of_all.into_iter().chain(of_model).chain(pace.slot_limit()).min();
             let sum = models.entry(model).or_insert_with(|| ModelView::new(model, view));
             sum.add(view, lane.waiting, slots, pace.cooldown(now));
+            sum.held += self.limits[lane.pace.0].line.load().requests;
         }
         models.into_values().collect()
     }
@@ -194,7 +199,12 @@ impl<W> Queue<W> {
             .filter(|other| other.lane.model == lane.model)
             .filter_map(|other| {
                 let pace = self.limits[other.pace.0].pace()?.view(now);
-                Some(LaneView { own: Some(other.pace) == all.last().copied(), waiting: other.waiting, pace })
+                Some(LaneView {
+                    own: Some(other.pace) == all.last().copied(),
+                    waiting: other.waiting,
+                    held: self.limits[other.pace.0].line.load().requests,
+                    pace,
+                })
             })
             .collect();
         lanes.sort_by_key(|lane| std::cmp::Reverse((lane.own, lane.waiting, lane.pace.in_flight)));
@@ -348,6 +358,7 @@ impl ModelView {
             lanes: 0,
             in_flight: 0,
             waiting: 0,
+            held: 0,
             slots: None,
             busiest,
             closed_lanes: 0,
