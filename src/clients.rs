@@ -27,6 +27,9 @@ pub const KEY_FIELDS: [HeaderName; 3] =
 /// How many keys that the gateway has served are remembered, at most.
 const MAX_PROVEN: usize = 4096;
 
+/// Names of clients that one process knows, those included that configurations do not name any more: each may have metrics.
+pub const MAX_NAMES: usize = 10_000;
+
 /// A client by name, or everyone else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ClientId(u16);
@@ -65,14 +68,20 @@ pub struct Caller {
     sole_key: bool,
 }
 
-/// Everyone who is known, and how.
+/// Everyone who is known, and how, by one configuration.
 pub struct Clients {
     /// By [`ClientId::index`].
     known: Vec<Known>,
     by_fingerprint: HashMap<u64, ClientId>,
-    fingerprints: RandomState,
     /// weir has a key of its own, which goes to the gateway in place of the clients'.
     lends_its_key: bool,
+    keys: Arc<Keys>,
+}
+
+/// What is known of keys, whatever the configuration.
+#[derive(Default)]
+struct Keys {
+    fingerprints: RandomState,
     /// Keys that the gateway has served. Locked for a look or an insertion.
     proven: Mutex<Proven>,
 }
@@ -80,6 +89,7 @@ pub struct Clients {
 /// What is known of a client.
 struct Known {
     name: Arc<str>,
+    /// `None` for one that the configuration does not name any more.
     key: Option<Secret>,
     weight: Weight,
     max_wait: Option<Duration>,
@@ -89,16 +99,36 @@ struct Known {
 impl Clients {
     /// The clients of the configuration.
     pub fn new(config: &Config) -> Self {
-        let fingerprints = RandomState::new();
-        let mut known = vec![Known::nobody()];
-        let mut by_fingerprint = HashMap::new();
-        for (name, client) in &config.clients {
-            let id = ClientId(u16::try_from(known.len()).expect("the configuration has few enough clients"));
-            by_fingerprint.insert(fingerprint(&fingerprints, client.key.reveal().as_bytes()), id);
-            known.push(Known::new(name, client));
+        Self::of(config, Vec::new(), Arc::default()).expect("the configuration has few enough clients")
+    }
+
+    /// The clients of another configuration. Who has the same name keeps its id, whatever else has changed; ids of names that
+    /// are gone are nobody else's. What keys the gateway has served is known to both.
+    ///
+    /// # Errors
+    /// There have been too many names since the start.
+    pub fn changed_to(&self, config: &Config) -> Result<Self, String> {
+        let names = self.names().skip(1).cloned().collect();
+        Self::of(config, names, self.keys.clone())
+    }
+
+    /// The configuration's clients, of which these are known by their ids already.
+    fn of(config: &Config, names: Vec<Arc<str>>, keys: Arc<Keys>) -> Result<Self, String> {
+        let new = config.clients.keys().filter(|name| !names.iter().any(|known| **known == ***name));
+        let new: Vec<Arc<str>> = new.map(|name| name.as_str().into()).collect();
+        if names.len() + new.len() > MAX_NAMES {
+            return Err(format!("there have been more than {MAX_NAMES} names of clients since weir started"));
         }
-        let lends_its_key = config.upstream.api_key.is_some();
-        Self { known, by_fingerprint, fingerprints, lends_its_key, proven: Mutex::default() }
+        let (mut known, mut by_fingerprint) = (vec![Known::nobody()], HashMap::new());
+        for name in names.into_iter().chain(new) {
+            let id = ClientId(u16::try_from(known.len()).expect("there are fewer names than that"));
+            let client = config.clients.get(&*name);
+            if let Some(client) = client {
+                by_fingerprint.insert(fingerprint(&keys.fingerprints, client.key.reveal().as_bytes()), id);
+            }
+            known.push(client.map_or_else(|| Known::gone(name.clone()), |client| Known::new(&name, client)));
+        }
+        Ok(Self { known, by_fingerprint, lends_its_key: config.upstream.api_key.is_some(), keys })
     }
 
     /// Whose request it is, by its header fields and the address that its connection comes from, where it has one.
@@ -107,7 +137,7 @@ impl Clients {
     /// There are clients, and it is none of theirs.
     pub fn identify(&self, fields: &HeaderMap, peer: Option<IpAddr>) -> Result<Caller, Failure> {
         let key = client_key(fields);
-        let fingerprint = key.map_or(0, |key| fingerprint(&self.fingerprints, key));
+        let fingerprint = key.map_or(0, |key| fingerprint(&self.keys.fingerprints, key));
         let client = if self.by_fingerprint.is_empty() { ClientId::NONE } else { self.find(key, fingerprint)? };
         let tenant = match client {
             ClientId::NONE => self.tenant_of_a_stranger(fingerprint, peer),
@@ -121,7 +151,7 @@ impl Clients {
     /// are what tells clients apart.
     pub fn accepted(&self, caller: &Caller) {
         if caller.tenant == Tenant::Shared && caller.credential != 0 && caller.sole_key {
-            self.proven.lock().unwrap_or_else(PoisonError::into_inner).insert(caller.credential);
+            self.keys.proven.lock().unwrap_or_else(PoisonError::into_inner).insert(caller.credential);
         }
     }
 
@@ -137,7 +167,8 @@ impl Clients {
 
     /// Every client that the configuration names.
     pub fn ids(&self) -> impl Iterator<Item = ClientId> {
-        (1..self.known.len()).map(|index| ClientId(u16::try_from(index).expect("an id was made of it")))
+        let named = self.known.iter().enumerate().filter(|(_, known)| known.key.is_some());
+        named.map(|(index, _)| ClientId(u16::try_from(index).expect("an id was made of it")))
     }
 
     /// The client's share when there is a queue.
@@ -178,14 +209,19 @@ impl Clients {
         if self.lends_its_key {
             return peer.map_or(Tenant::Shared, |peer| Tenant::Peer(network(peer)));
         }
-        let is_proven = || self.proven.lock().unwrap_or_else(PoisonError::into_inner).contains(fingerprint);
+        let is_proven = || self.keys.proven.lock().unwrap_or_else(PoisonError::into_inner).contains(fingerprint);
         if fingerprint != 0 && is_proven() { Tenant::Key(fingerprint) } else { Tenant::Shared }
     }
 }
 
 impl Known {
     fn nobody() -> Self {
-        Self { name: NOBODY.into(), key: None, weight: Weight::ONE, max_wait: None, limits: LimitTable::default() }
+        Self::gone(NOBODY.into())
+    }
+
+    /// Someone whom the configuration does not name.
+    fn gone(name: Arc<str>) -> Self {
+        Self { name, key: None, weight: Weight::ONE, max_wait: None, limits: LimitTable::default() }
     }
 
     fn new(name: &str, client: &Client) -> Self {
@@ -328,6 +364,49 @@ mod tests {
     }
 
     #[test]
+    fn in_another_configuration_the_same_name_has_the_same_id() {
+        let before = clients(TWO_CLIENTS);
+        let [a, b] = ["sk-a", "sk-b"].map(|key| caller(&before, &bearer(key)).client);
+        // The first is gone, the second has another key, and there is a third.
+        let config = "[clients.b]\nkey = \"sk-a\"\n[clients.0]\nkey = \"sk-0\"\n";
+        let after = before.changed_to(&Config::parse(config, &|_| None).expect("a good one")).expect("few names");
+        assert_eq!(caller(&after, &bearer("sk-a")).client, b);
+        assert!(after.identify(&bearer("sk-b"), None).is_err(), "nobody's key any more");
+        let third = caller(&after, &bearer("sk-0")).client;
+        assert!(third != a && third != b);
+        assert_eq!(after.names().map(|name| &**name).collect::<Vec<_>>(), ["-", "a", "b", "0"]);
+        assert_eq!(after.ids().collect::<Vec<_>>(), [b, third]);
+        let back = after.changed_to(&Config::parse(TWO_CLIENTS, &|_| None).expect("a good one")).expect("few names");
+        assert_eq!(caller(&back, &bearer("sk-a")).client, a);
+    }
+
+    #[test]
+    fn what_the_gateway_has_served_is_known_in_another_configuration_too() {
+        let before = clients("");
+        let first = caller(&before, &bearer("sk-a"));
+        let after = before.changed_to(&Config::default()).expect("few names");
+        before.accepted(&first);
+        let again = caller(&after, &bearer("sk-a"));
+        assert!(matches!(again.tenant, Tenant::Key(_)) && again.credential == first.credential);
+    }
+
+    #[test]
+    fn names_are_bounded_however_often_they_change() {
+        let mut clients = clients("");
+        let named = |round: usize| {
+            let table = |number| format!("[clients.c{round}-{number}]\nkey = \"k{number}\"\n");
+            let text: String = (0..1000).map(table).collect();
+            Config::parse(&text, &|_| None).expect("a good one")
+        };
+        for round in 0..10 {
+            clients = clients.changed_to(&named(round)).expect("few enough");
+        }
+        let refused = clients.changed_to(&named(10)).map(|_| ()).expect_err("too many");
+        assert!(refused.contains("10000"), "{refused}");
+        assert!(clients.changed_to(&named(3)).is_ok(), "names that were there before");
+    }
+
+    #[test]
     fn who_has_no_key_or_an_unknown_one_is_refused_and_the_key_is_not_repeated() {
         let clients = clients(TWO_CLIENTS);
         for lines in [
@@ -422,7 +501,7 @@ mod tests {
                 assert_eq!(caller(&clients, &bearer("sk-kept")).tenant, Tenant::Key(kept.credential), "after {i}");
             }
         }
-        let proven = clients.proven.lock().expect("nothing panicked");
+        let proven = clients.keys.proven.lock().expect("nothing panicked");
         assert!(proven.current.len() + proven.previous.len() <= MAX_PROVEN);
         drop(proven);
         assert_eq!(caller(&clients, &bearer("sk-0")).tenant, Tenant::Shared, "forgotten");
@@ -434,7 +513,7 @@ mod tests {
         for i in 0..100 {
             caller(&clients, &bearer(&format!("sk-{i}")));
         }
-        assert!(clients.proven.lock().expect("nothing panicked").current.is_empty());
+        assert!(clients.keys.proven.lock().expect("nothing panicked").current.is_empty());
     }
 
     #[test]

@@ -1,19 +1,35 @@
-//! The account of one request: what it came to, written into the metrics exactly once, also when it is dropped half-way.
+//! The account of one request: what it came to, written into the [`Books`] exactly once, also when it is dropped half-way.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use http::{HeaderValue, StatusCode};
 use tokio::time::Instant;
 
 use crate::clients::ClientId;
+use crate::error::{Cause, Failure};
 use crate::metrics::{AttemptResult, Metrics, ModelMetrics, Outcome, PairMetrics, Phase, RefusedBy, TokenKind};
 use crate::models::ModelId;
 use crate::openai::usage::Usage;
+use crate::recent::{MAX_ID, RecentError, RecentErrors};
+
+/// Where it is written what became of requests.
+pub struct Books {
+    pub metrics: Arc<Metrics>,
+    pub recent_errors: RecentErrors,
+}
+
+impl Books {
+    /// Books in which only these metrics are counted so far.
+    pub fn new(metrics: Arc<Metrics>) -> Self {
+        Self { metrics, recent_errors: RecentErrors::default() }
+    }
+}
 
 /// Opened when a request's head has come; closed by [`Ledger::close`], or by being dropped, which means that the client
 /// went away.
 pub struct Ledger {
-    metrics: Arc<Metrics>,
+    books: Arc<Books>,
     /// Whose request it is, and for which model.
     of: (ModelId, ClientId),
     model: Arc<ModelMetrics>,
@@ -28,6 +44,10 @@ pub struct Ledger {
     elsewhere: Duration,
     attempt: Option<Attempt>,
     attempts: u32,
+    /// What the client sees in `x-request-id`; empty until its answer begins.
+    request_id: Box<[u8]>,
+    /// What the client's answer begins with; `None` before that.
+    status: Option<StatusCode>,
     open: bool,
 }
 
@@ -39,13 +59,13 @@ struct Attempt {
 
 impl Ledger {
     /// Opens the account of a request that has just arrived; neither its model nor its client is known yet.
-    pub fn open(metrics: Arc<Metrics>, arrived: Instant) -> Self {
+    pub fn open(books: Arc<Books>, arrived: Instant) -> Self {
         let of = (ModelId::NONE, ClientId::NONE);
         Self {
             of,
-            model: metrics.model(of.0),
-            pair: metrics.pair(of.0, of.1),
-            metrics,
+            model: books.metrics.model(of.0),
+            pair: books.metrics.pair(of.0, of.1),
+            books,
             arrived,
             phase: Phase::Queue,
             queued: Duration::ZERO,
@@ -53,6 +73,8 @@ impl Ledger {
             elsewhere: Duration::ZERO,
             attempt: None,
             attempts: 0,
+            request_id: Box::default(),
+            status: None,
             open: true,
         }
     }
@@ -60,15 +82,15 @@ impl Ledger {
     /// The model is known.
     pub fn set_model(&mut self, model: ModelId) {
         self.of.0 = model;
-        self.model = self.metrics.model(model);
-        self.pair = self.metrics.pair(model, self.of.1);
+        self.model = self.books.metrics.model(model);
+        self.pair = self.books.metrics.pair(model, self.of.1);
     }
 
     /// The client is known by name.
     pub fn set_client(&mut self, client: ClientId) {
         if client != self.of.1 {
             self.of.1 = client;
-            self.pair = self.metrics.pair(self.of.0, client);
+            self.pair = self.books.metrics.pair(self.of.0, client);
         }
     }
 
@@ -136,7 +158,7 @@ impl Ledger {
     pub fn answer_begins(&mut self, now: Instant) {
         self.phase = Phase::Stream;
         let others = self.queued + self.elsewhere + self.upstream_time(now);
-        self.metrics.overhead((now - self.arrived).saturating_sub(others));
+        self.books.metrics.overhead((now - self.arrived).saturating_sub(others));
     }
 
     /// A stream's first output has come.
@@ -175,8 +197,25 @@ impl Ledger {
         self.pair.observed(by);
     }
 
-    /// The request has ended. Only the first call counts.
+    /// What the client's answer says: its `x-request-id` and its status.
+    pub fn answers(&mut self, request_id: &HeaderValue, status: StatusCode) {
+        // A copy: what shares the buffer that the gateway's head was read into would keep it for as long as a stream runs.
+        let id = request_id.as_bytes();
+        self.request_id = id[..id.len().min(MAX_ID)].into();
+        self.status = Some(status);
+    }
+
+    /// The request has ended, without a failure that weir has a word for. Only the first call counts.
     pub fn close(&mut self, outcome: Outcome) {
+        self.end(outcome, None);
+    }
+
+    /// The request has ended in this failure: weir's answer, or how the gateway's broke off. Only the first call counts.
+    pub fn close_with(&mut self, outcome: Outcome, failure: Failure) {
+        self.end(outcome, Some(failure));
+    }
+
+    fn end(&mut self, outcome: Outcome, failure: Option<Failure>) {
         if !std::mem::replace(&mut self.open, false) {
             return;
         }
@@ -185,8 +224,37 @@ impl Ledger {
             self.model.request_duration(self.arrived.elapsed());
         }
         if outcome == Outcome::Disconnected {
-            self.metrics.disconnect(self.phase);
+            self.books.metrics.disconnect(self.phase);
         }
+        if matches!(outcome, Outcome::Refused | Outcome::Failed | Outcome::UpstreamError) {
+            self.note_error(outcome, failure);
+        }
+    }
+
+    fn note_error(&self, outcome: Outcome, failure: Option<Failure>) {
+        let (client, model) = self.books.metrics.names(self.of.1, self.of.0);
+        let status = self.status.unwrap_or_default();
+        let cause = failure.as_ref().map(|failure| failure.cause);
+        let (message, scope) = match failure {
+            Some(failure) => (failure.message, failure.scope),
+            None if status.is_success() => {
+                ("the gateway's stream ended in an error, or with nothing said".to_owned(), None)
+            }
+            None => (format!("the gateway answered {}", status.as_u16()), None),
+        };
+        self.books.recent_errors.push(RecentError {
+            at: SystemTime::now(),
+            request_id: String::from_utf8_lossy(&self.request_id).into_owned(),
+            client,
+            model,
+            status: status.as_u16(),
+            outcome,
+            refused_by: cause.and_then(RefusedBy::of),
+            scope,
+            code: cause.map(Cause::code),
+            message,
+            attempts: self.attempts,
+        });
     }
 }
 

@@ -4,8 +4,13 @@ use std::io::IsTerminal as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{Registry, fmt};
 use weir::config::{Config, Log, LogFormat, LogLevel};
+use weir::reload::Source;
 use weir::run::Running;
 use weir::{demo, simulator};
 
@@ -18,6 +23,8 @@ USAGE
   weir demo [--exit]             a simulated gateway, weir, and a batch through it: no key, no network
   weir simulate [OPTIONS]        the simulated gateway alone; see weir simulate --help
   weir --help | --version
+
+A weir that serves reads its file anew at SIGHUP or POST /reload on the operators' listener.
 
 Clients set their base URL to http://HOST:PORT/v1 (by default http://127.0.0.1:8080/v1), and change nothing else.
 
@@ -130,9 +137,10 @@ fn finish(result: Result<(), String>) -> ExitCode {
     }
 }
 
-/// Serves until a signal, then drains; a second signal ends it at once.
+/// Serves until a signal, then drains; a second signal ends it at once. SIGHUP reloads the configuration; while it drains,
+/// that does nothing.
 async fn serve(config: Config, file: Option<PathBuf>) -> Result<(), String> {
-    start_log(config.log);
+    let level = start_log(config.log);
     if file.is_none() {
         tracing::info!("no --config given: the built-in defaults are in force; weir check prints them");
     }
@@ -144,11 +152,19 @@ async fn serve(config: Config, file: Option<PathBuf>) -> Result<(), String> {
     }
     let upstream = config.upstream.base_url.to_string();
     let mut signals = Signals::new()?;
-    let running = Running::start(config)?;
+    let mut hangups = watch(SignalKind::hangup())?;
+    let on_applied = move |config: &Config| {
+        // It is there as long as the log is.
+        let _ = level.reload(level_of(config.log));
+    };
+    let running = Running::start_with(config, Source { file, on_applied: Some(Box::new(on_applied)) })?;
     for address in &running.addresses {
         tracing::info!(address = %address, admin = %running.admin_address, upstream, "listening");
     }
-    signals.next().await;
+    tokio::select! {
+        () = signals.next() => {}
+        () = obey_hangups(&running, &mut hangups) => {}
+    }
     tokio::select! {
         () = running.stop() => {}
         () = signals.next() => tracing::warn!("a second signal: ending at once"),
@@ -156,15 +172,31 @@ async fn serve(config: Config, file: Option<PathBuf>) -> Result<(), String> {
     Ok(())
 }
 
+/// Does what SIGHUP asks for, each time that it comes, until dropped.
+async fn obey_hangups(running: &Running, hangups: &mut Signal) {
+    while hangups.recv().await.is_some() {
+        on_hangup(running).await;
+    }
+}
+
+/// What SIGHUP asks for.
+async fn on_hangup(running: &Running) {
+    // What became of it is in the log.
+    let _ = running.reload_file().await;
+}
+
+fn watch(kind: SignalKind) -> Result<Signal, String> {
+    signal(kind).map_err(|error| format!("cannot watch for signals: {error}"))
+}
+
 /// SIGTERM and SIGINT.
 struct Signals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
+    terminate: Signal,
+    interrupt: Signal,
 }
 
 impl Signals {
     fn new() -> Result<Self, String> {
-        let watch = |kind| signal(kind).map_err(|error| format!("cannot watch for signals: {error}"));
         Ok(Self { terminate: watch(SignalKind::terminate())?, interrupt: watch(SignalKind::interrupt())? })
     }
 
@@ -176,18 +208,27 @@ impl Signals {
     }
 }
 
-fn start_log(settings: Log) {
-    let level = match settings.level {
-        LogLevel::Error => tracing::Level::ERROR,
-        LogLevel::Warn => tracing::Level::WARN,
-        LogLevel::Info => tracing::Level::INFO,
-        LogLevel::Debug => tracing::Level::DEBUG,
-    };
+/// By which the log's level is changed.
+type LevelHandle = tracing_subscriber::reload::Handle<LevelFilter, Registry>;
+
+fn start_log(settings: Log) -> LevelHandle {
+    let (level, handle) = tracing_subscriber::reload::Layer::new(level_of(settings));
     let terminal = std::io::stderr().is_terminal();
-    let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_max_level(level).with_target(false);
+    let log = tracing_subscriber::registry().with(level);
+    let lines = fmt::layer().with_writer(std::io::stderr).with_target(false);
     match settings.format {
-        LogFormat::Json => log.json().flatten_event(true).init(),
-        LogFormat::Auto if !terminal => log.json().flatten_event(true).init(),
-        LogFormat::Auto | LogFormat::Text => log.with_ansi(terminal).init(),
+        LogFormat::Json => log.with(lines.json().flatten_event(true)).init(),
+        LogFormat::Auto if !terminal => log.with(lines.json().flatten_event(true)).init(),
+        LogFormat::Auto | LogFormat::Text => log.with(lines.with_ansi(terminal)).init(),
+    }
+    handle
+}
+
+fn level_of(settings: Log) -> LevelFilter {
+    match settings.level {
+        LogLevel::Error => LevelFilter::ERROR,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Debug => LevelFilter::DEBUG,
     }
 }

@@ -8,6 +8,9 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::config::STAND_INS;
 
+/// Names that one process takes in from one configuration after another: each may have metrics.
+pub const MAX_NAMES: usize = 10_000;
+
 /// How many names are learned from successful answers, besides those of the configuration.
 pub const MAX_LEARNED: usize = 256;
 
@@ -34,20 +37,20 @@ impl ModelId {
 #[derive(Debug)]
 pub struct Models {
     names: RwLock<Names>,
-    /// How many names there may be in all.
-    capacity: usize,
 }
 
 #[derive(Debug)]
 struct Names {
     by_name: HashMap<Arc<str>, ModelId>,
     by_id: Vec<Arc<str>>,
+    /// How many names there may be before no more are learned.
+    capacity: usize,
 }
 
 impl Models {
     /// Knows the configuration's names from the start.
     pub fn new<'n>(configured: impl IntoIterator<Item = &'n str>) -> Self {
-        let mut names = Names { by_name: HashMap::new(), by_id: Vec::new() };
+        let mut names = Names { by_name: HashMap::new(), by_id: Vec::new(), capacity: 0 };
         for stand_in in STAND_INS {
             names.add(stand_in);
         }
@@ -56,8 +59,25 @@ impl Models {
         }
         // A client that names its model "-" must not be counted among the calls that name none.
         names.by_name.insert(STAND_INS[ModelId::NONE.index()].into(), ModelId::OTHER);
-        let capacity = names.by_id.len() + MAX_LEARNED;
-        Self { names: RwLock::new(names), capacity }
+        names.capacity = names.by_id.len() + MAX_LEARNED;
+        Self { names: RwLock::new(names) }
+    }
+
+    /// Knows the names of another configuration too. Those that it does not have any more are known as before.
+    ///
+    /// # Errors
+    /// There have been too many names since the start; none is taken in.
+    pub fn configure<'n>(&self, configured: impl IntoIterator<Item = &'n str>) -> Result<(), String> {
+        let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+        let new: Vec<&str> = configured.into_iter().filter(|name| !names.by_name.contains_key(*name)).collect();
+        if names.by_id.len() + new.len() > MAX_NAMES {
+            return Err(format!("there have been more than {MAX_NAMES} names of models since weir started"));
+        }
+        names.capacity += new.len();
+        for name in new {
+            names.add(name);
+        }
+        Ok(())
     }
 
     /// The model of that name, or [`ModelId::OTHER`].
@@ -74,7 +94,7 @@ impl Models {
         let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
         match names.by_name.get(name) {
             Some(id) => *id,
-            None if names.by_id.len() < self.capacity => names.add(name),
+            None if names.by_id.len() < names.capacity => names.add(name),
             None => ModelId::OTHER,
         }
     }
@@ -126,6 +146,21 @@ mod tests {
         }
         assert_eq!(models.all().len(), 2 + MAX_LEARNED);
         assert_eq!(models.learn(&"x".repeat(10_000)), ModelId::OTHER);
+    }
+
+    #[test]
+    fn another_configurations_names_are_known_too_and_take_no_learned_ones_place() {
+        let models = Models::new(["a"]);
+        let a = models.find("a");
+        models.configure(["b", "c"]).expect("few enough");
+        assert!(models.find("b") != ModelId::OTHER && models.find("a") == a);
+        for i in 0..1000 {
+            models.learn(&format!("model-{i}"));
+        }
+        assert_eq!(models.all().len(), 2 + 3 + MAX_LEARNED);
+        let many: Vec<String> = (0..MAX_NAMES).map(|i| format!("configured-{i}")).collect();
+        let refused = models.configure(many.iter().map(String::as_str)).expect_err("too many");
+        assert!(refused.contains("10000") && models.find("configured-0") == ModelId::OTHER, "{refused}");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use http_body::{Body, Frame, SizeHint};
 use tokio::time::{Instant, Sleep};
 
 use crate::admission::Permit;
-use crate::error::Cause;
+use crate::error::{Cause, Failure};
 use crate::ledger::Ledger;
 use crate::metrics::{AttemptResult, Outcome};
 use crate::openai::call::Endpoint;
@@ -112,13 +112,17 @@ impl Relay {
                 result => (result, Outcome::UpstreamError),
             };
             self.settle(true);
-            self.end(result, outcome);
+            self.end(result, outcome, None);
         }
     }
 
-    fn end(&mut self, result: AttemptResult, outcome: Outcome) {
+    /// `failure` is how it broke off, where it did.
+    fn end(&mut self, result: AttemptResult, outcome: Outcome, failure: Option<Failure>) {
         self.ledger.attempt_ends(result);
-        self.ledger.close(outcome);
+        match failure {
+            Some(failure) => self.ledger.close_with(outcome, failure),
+            None => self.ledger.close(outcome),
+        }
         self.source.opening.chunks.clear();
         self.source.rest = None;
         self.alarm = None;
@@ -191,7 +195,7 @@ impl Relay {
         self.settle(false);
         // An event that was held back half is not passed on.
         self.hiding = None;
-        self.end(result, Outcome::UpstreamError);
+        self.end(result, Outcome::UpstreamError, Some(Failure::new(cause, why.as_str())));
         if says_so {
             let event = envelope::event(self.endpoint, cause.code(), &why);
             return Ok(Frame::data(event));

@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 use crate::admin::Admin;
 use crate::config::Config;
 use crate::proxy::Proxy;
+use crate::reload::{NotReloaded, Reloader, Report, Source};
 use crate::server::{self, DrainControl, Workers};
 use crate::upstream::connect;
 
@@ -25,7 +26,7 @@ pub struct Running {
     proxy: Proxy,
     workers: Arc<Workers>,
     drain: DrainControl,
-    drain_timeout: Duration,
+    reloader: Arc<Reloader>,
     listeners: JoinSet<()>,
 }
 
@@ -35,6 +36,14 @@ impl Running {
     /// # Errors
     /// An address that can't be bound, or no certificate authority to trust the gateway by.
     pub fn start(config: Config) -> Result<Self, String> {
+        Self::start_with(config, Source::default())
+    }
+
+    /// As [`Running::start`], with a file from which the configuration can be reloaded.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn start_with(config: Config, source: Source) -> Result<Self, String> {
         let connector = connect::network(config.upstream.base_url.is_tls())?;
         let settings = config.server.clone();
         let bound = settings.listen.iter().map(|address| server::bind(*address, "server.listen"));
@@ -49,7 +58,8 @@ impl Running {
         let workers =
             Workers::start(cores, &proxy, &settings).map_err(|error| format!("cannot start a worker: {error}"))?;
         let workers = Arc::new(workers);
-        let admin = Admin::new(proxy.for_another_worker(), workers.clone());
+        let reloader = Reloader::new(proxy.for_another_worker(), source);
+        let admin = Admin::new(proxy.for_another_worker(), workers.clone(), reloader.clone());
         let (control, drain) = DrainControl::new();
         let mut listeners = JoinSet::new();
         for listener in bound {
@@ -57,16 +67,24 @@ impl Running {
             listeners.spawn(async move { workers.accept(listener, drain).await });
         }
         listeners.spawn(admin.clone().serve(admin_listener));
-        Ok(Self {
-            addresses,
-            admin_address,
-            admin,
-            proxy,
-            workers,
-            drain: control,
-            drain_timeout: settings.drain,
-            listeners,
-        })
+        Ok(Self { addresses, admin_address, admin, proxy, workers, drain: control, reloader, listeners })
+    }
+
+    /// Puts another configuration in force, whole or not at all.
+    ///
+    /// # Errors
+    /// Why nothing has changed.
+    pub fn reload(&self, config: Config) -> Result<Report, NotReloaded> {
+        self.reloader.reload(config)
+    }
+
+    /// Reads the configuration's file anew, and puts what it says in force, whole or not at all. What became of it is counted
+    /// and logged.
+    ///
+    /// # Errors
+    /// Why nothing has changed.
+    pub async fn reload_file(&self) -> Result<Report, NotReloaded> {
+        self.reloader.reload_file().await
     }
 
     /// Stops: no new connection, no new request, but what has begun or waits is served, for as long as `server.drain`.
@@ -75,9 +93,10 @@ impl Running {
     /// Dropping the future stops at once.
     pub async fn stop(self) {
         self.admin.not_ready();
+        self.reloader.stop();
         self.drain.begin();
         tracing::info!(connections = self.workers.connections(), "draining");
-        if tokio::time::timeout(self.drain_timeout, self.drain.ended()).await.is_ok() {
+        if tokio::time::timeout(self.proxy.config().server.drain, self.drain.ended()).await.is_ok() {
             return;
         }
         self.proxy.gate().close();

@@ -1,4 +1,4 @@
-//! The operators' listener: `/metrics`, `/livez`, `/readyz`.
+//! The operators' listener: `/metrics`, `/livez`, `/readyz`, `/reload`.
 //!
 //! It runs on the main thread's runtime, apart from the workers, so that it answers however busy they are.
 
@@ -20,6 +20,7 @@ use tokio::sync::Semaphore;
 
 use crate::metrics::Gauges;
 use crate::proxy::Proxy;
+use crate::reload::{NotReloaded, Reloader};
 use crate::server::Workers;
 use crate::server::edge::{Activity, Edge, EdgeLimits};
 
@@ -34,14 +35,15 @@ const LIMITS: EdgeLimits =
 pub struct Admin {
     proxy: Proxy,
     workers: Arc<Workers>,
+    reloader: Arc<Reloader>,
     /// Whether `/readyz` says yes.
     ready: AtomicBool,
 }
 
 impl Admin {
-    /// Tells of this proxy, which is ready, and of the threads that it runs on.
-    pub fn new(proxy: Proxy, workers: Arc<Workers>) -> Arc<Self> {
-        Arc::new(Self { proxy, workers, ready: AtomicBool::new(true) })
+    /// Tells of this proxy, which is ready, and of the threads that it runs on; and has its configuration reloaded.
+    pub fn new(proxy: Proxy, workers: Arc<Workers>, reloader: Arc<Reloader>) -> Arc<Self> {
+        Arc::new(Self { proxy, workers, reloader, ready: AtomicBool::new(true) })
     }
 
     /// From now on `/readyz` says no: weir is about to stop.
@@ -71,9 +73,15 @@ impl Admin {
         let activity = Arc::new(Activity::default());
         let io = TokioIo::new(Edge::new(stream, activity.clone(), LIMITS));
         let service = service_fn(|request: Request<Incoming>| {
-            let _active = activity.begin(false);
-            let response = self.answer(request.method(), request.uri().path());
-            async move { Ok::<_, Infallible>(response) }
+            let (active, admin) = (activity.begin(false), self.clone());
+            async move {
+                let response = match (request.method(), request.uri().path()) {
+                    (&Method::POST, "/reload") => admin.reload().await,
+                    (method, path) => admin.answer(method, path),
+                };
+                drop(active);
+                Ok::<_, Infallible>(response)
+            }
         });
         // The edge's deadlines are the ones in force.
         if let Err(error) = http1::Builder::new().header_read_timeout(None).serve_connection(io, service).await {
@@ -83,17 +91,33 @@ impl Admin {
 
     fn answer(&self, method: &Method, path: &str) -> Response<Full<Bytes>> {
         if !matches!(*method, Method::GET | Method::HEAD) {
-            return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered here\n");
+            return text(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered here, and POST /reload\n");
         }
         match path {
             "/metrics" => self.metrics(),
             "/livez" => text(StatusCode::OK, "alive\n"),
             "/readyz" if self.ready.load(Ordering::Acquire) => text(StatusCode::OK, "ready\n"),
             "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "draining\n"),
+            "/reload" => text(StatusCode::METHOD_NOT_ALLOWED, "POST reloads the configuration\n"),
             _ => text(
                 StatusCode::NOT_FOUND,
-                "there is /metrics, /livez and /readyz here; clients use the other listener\n",
+                "there is /metrics, /livez, /readyz and POST /reload here; clients use the other listener\n",
             ),
+        }
+    }
+
+    /// Reads the configuration's file anew. A client that hangs up before it was read changes nothing.
+    async fn reload(&self) -> Response<Full<Bytes>> {
+        match self.reloader.reload_file().await {
+            Ok(report) => text(StatusCode::OK, report.to_string()),
+            Err(refused) => {
+                let status = match refused {
+                    NotReloaded::Invalid(..) => StatusCode::UNPROCESSABLE_ENTITY,
+                    NotReloaded::NoFile | NotReloaded::CannotChange(_) => StatusCode::CONFLICT,
+                    NotReloaded::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+                };
+                text(status, format!("{refused}\n"))
+            }
         }
     }
 

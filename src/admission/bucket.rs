@@ -41,6 +41,9 @@ pub struct Bucket {
     capacity: u64,
     epoch: Instant,
     slack: Slack,
+    /// What a smaller burst was spared of what was lacking, in nanoseconds of refill: lacking again when the burst grows, less
+    /// the time in which the bucket was full.
+    spared: u64,
     /// Charges are guesses.
     guesses: bool,
 }
@@ -51,7 +54,8 @@ impl Bucket {
         let (tat, clock) = (Tat::default(), GivenClock::default());
         let limiter = limiter(rate, &tat, &clock);
         let (interval, capacity) = interval_and_capacity(rate);
-        Self { limiter, tat, clock, rate, interval, capacity, epoch: now, slack: Slack::default(), guesses: false }
+        let slack = Slack::default();
+        Self { limiter, tat, clock, rate, interval, capacity, epoch: now, slack, spared: 0, guesses: false }
     }
 
     /// A full bucket whose charges are guesses, settled when the truth is known.
@@ -63,9 +67,16 @@ impl Bucket {
         Self { guesses: true, ..Self::new(rate, now) }
     }
 
-    /// Changes the rate and the burst. How many cells are lacking stays, as far as the new burst can lack them or they are
-    /// debt: nobody gets a second burst by a change, and none is lost.
+    /// Changes the rate and the burst. What was used stays used, and no change gives a second burst: as many cells as were
+    /// lacking are lacking still, at most the whole new burst. What was debt before (more than the old burst) stays debt.
+    /// Cells that come back from now on come back at the new rate.
+    ///
+    /// So in a window across any number of changes at most the largest burst is let through, and what each rate gives in its
+    /// part of the window.
     pub fn set_rate(&mut self, rate: Rate, now: Instant) {
+        if rate == self.rate {
+            return;
+        }
         let (before, now) = (self.rate, self.nanos(now));
         // The time for a cell has changed by this.
         let rescale = |nanos: u64| {
@@ -73,13 +84,26 @@ impl Bucket {
                 / (before.period.as_nanos() * u128::from(rate.count));
             u64::try_from(nanos).unwrap_or(FAR).min(FAR)
         };
-        self.tat.update(|tat| if tat > now { now + rescale(tat - now) } else { tat });
+        self.was_full_until(now);
+        let lacking = self.tat.get().saturating_sub(now);
+        let debt = lacking.saturating_sub(self.capacity);
+        let of_burst = rescale((lacking - debt).saturating_add(self.spared));
+        self.rate = rate;
+        (self.interval, self.capacity) = interval_and_capacity(rate);
+        self.spared = of_burst.saturating_sub(self.capacity);
+        let lacking = of_burst.min(self.capacity).saturating_add(rescale(debt)).min(FAR);
+        self.tat.update(|tat| if lacking > 0 { now.saturating_add(lacking) } else { tat });
         self.slack.rescale(rescale);
         // A clock that reads 0 while the limiter is made, so that TATs go on counting from `epoch`.
         self.clock.set(0);
         self.limiter = limiter(rate, &self.tat, &self.clock);
-        self.rate = rate;
-        (self.interval, self.capacity) = interval_and_capacity(rate);
+    }
+
+    /// If it was full for a while before then, as much more would have come back of what it was spared.
+    fn was_full_until(&mut self, at: u64) {
+        if self.spared > 0 {
+            self.spared = self.spared.saturating_sub(at.saturating_sub(self.tat.get()));
+        }
     }
 
     /// The rate it refills at.
@@ -102,6 +126,7 @@ impl Bucket {
         let charged_at = due.max(since).max(to.saturating_sub(TIMER_SLACK)).min(to);
         let short_of_full = self.tat.get().saturating_sub(charged_at);
         self.clock.set(charged_at);
+        self.was_full_until(charged_at);
         let taken = self.limiter.check_n(at_once).is_ok_and(|fits| fits.is_ok());
         if taken {
             let waited = waiting_since < now;
@@ -122,6 +147,7 @@ impl Bucket {
         if !self.guesses || short_of_full == 0 {
             self.slack.note(charge, short_of_full);
         }
+        self.was_full_until(now);
         let debt = self.time_for(n);
         self.tat.update(|tat| tat.max(now).saturating_add(debt).min(FAR));
     }
@@ -437,9 +463,59 @@ mod tests {
         assert_eq!((it.bucket.remaining(it.start), it.available_at(3, it.start)), (2, 10));
         it.bucket.set_rate(rate("1/s", 20), it.start);
         assert_eq!(it.bucket.remaining(it.start), 12, "eight of twenty are lacking");
+        it.bucket.set_rate(rate("1/s", 5), it.start);
+        assert_eq!(it.available_at(1, it.start), 1000, "a smaller burst is lacking as a whole, and no more than that");
+    }
+
+    #[test]
+    fn a_debt_stays_one_when_the_rate_changes() {
+        let rate = |text: &str, burst| Rate::parse(text).expect("a rate").with_burst(burst);
+        let mut it = Numbered::new("1/s", 20);
+        assert!(it.take(8, it.start).is_some());
         it.owe(30, it.start);
         it.bucket.set_rate(rate("10/s", 5), it.start);
-        assert_eq!(it.available_at(1, it.start), 3400, "38 are lacking, of which the burst may lack four");
+        assert_eq!(it.available_at(1, it.start), 1900, "18 were debt, and of the burst all five are lacking");
+    }
+
+    /// What was let through across changes, against the larger burst and what the rates gave.
+    #[test]
+    fn in_a_window_across_changes_no_more_passes_than_the_largest_burst_and_the_rates() {
+        for seed in 0..200 {
+            let mut rng = SmallRng::seed_from_u64(seed);
+            let mut it = Numbered::new("1000/s", 300);
+            let (mut millis, mut given) = (0, 0);
+            let mut under_way: Vec<(ChargeNo, u64, usize)> = Vec::new();
+            // What the rates had given when it passed, in thousandths, what passed, and the burst in force.
+            let mut passed: Vec<(u64, u64, u64)> = Vec::new();
+            for _ in 0..400 {
+                let pause = rng.random_range(0..40);
+                given += pause * it.bucket.rate().count;
+                millis += pause;
+                let now = it.at(millis);
+                if rng.random_bool(0.1) {
+                    let rate = Rate { count: rng.random_range(10..=2000), ..it.bucket.rate() };
+                    it.bucket.set_rate(rate.with_burst(rng.random_range(1..=500)), now);
+                }
+                let (burst, cells) = (it.bucket.rate().burst, rng.random_range(1..60));
+                if let Some(charge) = it.take(cells.min(u64::from(burst)), now) {
+                    under_way.push((charge, cells.min(u64::from(burst)), passed.len()));
+                    passed.push((given, cells.min(u64::from(burst)), u64::from(burst)));
+                }
+                if !under_way.is_empty() && rng.random_bool(0.3) {
+                    // It was never sent.
+                    let (charge, cells, at) = under_way.swap_remove(rng.random_range(0..under_way.len()));
+                    it.bucket.give_back(cells, charge);
+                    passed[at].1 = 0;
+                }
+            }
+            for (i, (from, ..)) in passed.iter().enumerate() {
+                let (mut total, mut burst) = (0, 0);
+                for (to, cells, in_force) in &passed[i..] {
+                    (total, burst) = (total + cells, in_force.max(&burst).to_owned());
+                    assert!(total <= burst + (to - from) / 1000 + 4, "seed {seed}: {total} of {burst}");
+                }
+            }
+        }
     }
 
     #[test]

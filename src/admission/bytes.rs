@@ -21,7 +21,7 @@ pub struct ByteBudget(Arc<Budget>);
 
 #[derive(Debug)]
 struct Budget {
-    limit: u64,
+    limit: AtomicU64,
     held: AtomicU64,
     /// Those who have a request under way. Locked when a request begins to be read, and when its bytes are given back.
     tenants: Mutex<HashMap<Tenant, Holder>>,
@@ -57,7 +57,13 @@ pub enum NoRoom {
 impl ByteBudget {
     /// Room for `limit` bytes.
     pub fn new(limit: u64) -> Self {
-        Self(Arc::new(Budget { limit, held: AtomicU64::new(0), tenants: Mutex::default() }))
+        let (limit, held) = (AtomicU64::new(limit), AtomicU64::new(0));
+        Self(Arc::new(Budget { limit, held, tenants: Mutex::default() }))
+    }
+
+    /// Changes how much room there is. Where more is held already, that stays, and no more is taken until it is less.
+    pub fn set_limit(&self, limit: u64) {
+        self.0.limit.store(limit, Ordering::Relaxed);
     }
 
     /// Nothing held yet, to be grown.
@@ -87,8 +93,9 @@ impl HeldBytes {
     /// There is no room for them; nothing is taken.
     pub fn grow(&mut self, more: usize) -> Result<(), NoRoom> {
         let more = more as u64;
-        let before = add_within(&self.budget.held, more, self.budget.limit).ok_or(NoRoom::Full)?;
-        let share = share(self.weight, self.budget.limit - (before + more));
+        let limit = self.budget.limit.load(Ordering::Relaxed);
+        let before = add_within(&self.budget.held, more, limit).ok_or(NoRoom::Full)?;
+        let share = share(self.weight, limit - (before + more));
         // Another may see the bytes that are about to be given back, and take its share for a little smaller than it is.
         if add_within(&self.of_tenant, more, share).is_none() {
             self.budget.held.fetch_sub(more, Ordering::Relaxed);
@@ -152,6 +159,17 @@ mod tests {
         assert_eq!(b.grow(usize::MAX), Err(NoRoom::Full));
         drop(b);
         assert_eq!(budget.held(), 0);
+    }
+
+    #[test]
+    fn with_less_room_than_is_held_nothing_is_taken_until_enough_came_back() {
+        let budget = ByteBudget::new(100);
+        let (mut a, mut b) = (budget.hold(peer(1), Weight::ONE), budget.hold(peer(2), Weight::ONE));
+        assert!(a.grow(50).is_ok());
+        budget.set_limit(40);
+        assert_eq!((b.grow(1), budget.held()), (Err(NoRoom::Full), 50));
+        drop(a);
+        assert!(b.grow(30).is_ok());
     }
 
     #[test]

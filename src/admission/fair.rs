@@ -68,16 +68,19 @@ pub struct Tenants {
     shares: Vec<Share>,
     of_tenant: HashMap<Tenant, TenantId>,
     free: Vec<TenantId>,
+    /// Weights that have changed since the start: whoever asked before does not know them.
+    changed: HashMap<Tenant, Weight>,
     /// Those who wait, by how much of the queue they fill for their weight.
     backlogged: BTreeSet<(Virtual, TenantId)>,
 }
 
 impl Tenants {
-    /// The tenant's place, also if it was not known.
+    /// The tenant's place, also if it was not known. A weight that [`Tenants::set_weight`] has set counts before this one.
     pub fn find(&mut self, tenant: Tenant, weight: Weight) -> TenantId {
         if let Some(id) = self.of_tenant.get(&tenant) {
             return *id;
         }
+        let weight = self.changed.get(&tenant).copied().unwrap_or(weight);
         let share = Share { tenant, weight, waiting: 0, backlog: BTreeSet::new(), flows: 0, lines: Vec::new() };
         let id = match self.free.pop() {
             Some(id) => {
@@ -96,6 +99,18 @@ impl Tenants {
     /// The tenant's place, where it has one.
     pub fn known(&self, tenant: Tenant) -> Option<TenantId> {
         self.of_tenant.get(&tenant).copied()
+    }
+
+    /// From now on the tenant has this weight, whatever its requests say. Its place, where it is known.
+    pub fn set_weight(&mut self, tenant: Tenant, weight: Weight) -> Option<TenantId> {
+        self.changed.insert(tenant, weight);
+        let id = self.known(tenant)?;
+        let Share { waiting, weight: before, .. } = self.shares[id.0];
+        self.shares[id.0].weight = weight;
+        if self.backlogged.remove(&(part_of_queue(waiting, before), id)) {
+            self.backlogged.insert((part_of_queue(waiting, weight), id));
+        }
+        Some(id)
     }
 
     /// What is known of a tenant.
@@ -130,14 +145,13 @@ impl Tenants {
 
     fn set_waiting(&mut self, id: TenantId, change: impl Fn(u64) -> u64) {
         let share = &mut self.shares[id.0];
-        let part = |waiting: u64, weight: Weight| Virtual(waiting * 1_000_000 / u64::from(weight.thousandths()));
         let (before, after) = (share.waiting, change(share.waiting));
         share.waiting = after;
         if before > 0 {
-            self.backlogged.remove(&(part(before, share.weight), id));
+            self.backlogged.remove(&(part_of_queue(before, share.weight), id));
         }
         if after > 0 {
-            self.backlogged.insert((part(after, share.weight), id));
+            self.backlogged.insert((part_of_queue(after, share.weight), id));
         }
     }
 
@@ -149,6 +163,11 @@ impl Tenants {
         self.free.extend(&forgotten);
         forgotten.into_iter().map(|id| (id, std::mem::take(&mut self.shares[id.0].lines))).collect()
     }
+}
+
+/// How much of the queue so many requests fill for a tenant of that weight.
+fn part_of_queue(waiting: u64, weight: Weight) -> Virtual {
+    Virtual(waiting * 1_000_000 / u64::from(weight.thousandths()))
 }
 
 #[cfg(test)]

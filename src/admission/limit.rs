@@ -89,6 +89,10 @@ pub struct Limit {
     pub scope: Scope,
     pub measure: Measure,
     pub mode: Mode,
+    /// One bit, by scope and unit: no two limits on one way have the same.
+    pub mark: u16,
+    /// The last that was let through before it began to count. Slots have counted all who were under way then; buckets none.
+    pub since: ChargeNo,
     /// Flows held up here.
     pub line: Line,
     /// One of them, set aside with all others of its model until the bucket is full.
@@ -107,6 +111,8 @@ impl Limit {
     /// A limit that nobody waits for.
     pub fn new(scope: Scope, measure: Measure, mode: Mode) -> Self {
         Self {
+            mark: mark(&scope, &measure),
+            since: ChargeNo(0),
             scope,
             measure,
             mode,
@@ -117,6 +123,37 @@ impl Limit {
             promises_before_sweep: MIN_SWEEP,
             passed: 0,
         }
+    }
+
+    /// Whether it has counted a request that was let through as this charge and counted by the limits with these marks.
+    pub fn has_counted(&self, charge: ChargeNo, marks: u16) -> bool {
+        match &self.measure {
+            Measure::Concurrency(_) if charge <= self.since => true,
+            Measure::Concurrency(_) | Measure::Requests(_) | Measure::Tokens(_) | Measure::Pace(_) => {
+                charge > self.since && marks & self.mark != 0
+            }
+        }
+    }
+
+    /// From now on the limit is this one, with the state that it has. `false` where it is one of another unit.
+    pub fn become_like(&mut self, other: &Measure, mode: Mode, now: Instant) -> bool {
+        match (&mut self.measure, other) {
+            (Measure::Requests(bucket), Measure::Requests(other))
+            | (Measure::Tokens(bucket), Measure::Tokens(other)) => {
+                bucket.set_rate(other.rate(), now);
+            }
+            (Measure::Concurrency(slots), Measure::Concurrency(other)) => slots.set_limit(other.limit()),
+            _ => return false,
+        }
+        self.mode = mode;
+        true
+    }
+
+    /// Nobody waits for it any more, since it holds nobody up any more. Hands out the tenants that were known here.
+    pub fn lets_everyone_go(&mut self) -> Vec<TenantId> {
+        self.saver = None;
+        self.promises.clear();
+        std::mem::take(&mut self.line).into_tenants().collect()
     }
 
     /// Whether a request of that many tokens has to do with it at all: one without tokens passes a limit of tokens.
@@ -356,6 +393,21 @@ impl Limit {
     /// Whether the gateway has failed for so long that nobody is to wait.
     pub fn given_up(&self, now: Instant) -> bool {
         self.mode == Mode::Enforce && matches!(&self.measure, Measure::Pace(pace) if pace.given_up(now))
+    }
+}
+
+/// A bit for each scope and unit that a limit can be of.
+fn mark(scope: &Scope, measure: &Measure) -> u16 {
+    let scope = match scope {
+        Scope::Global => 0,
+        Scope::Model(_) => 1,
+        Scope::Client(_) => 2,
+    };
+    match measure {
+        Measure::Requests(_) => 1 << (3 * scope),
+        Measure::Tokens(_) => 2 << (3 * scope),
+        Measure::Concurrency(_) => 4 << (3 * scope),
+        Measure::Pace(_) => 1 << 9,
     }
 }
 

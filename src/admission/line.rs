@@ -161,6 +161,11 @@ impl Line {
         self.clock
     }
 
+    /// How much more the tenant has had than whoever was let through last, if it has.
+    pub fn lead(&self, tenant: TenantId) -> Virtual {
+        self.tag(tenant).minus(self.clock)
+    }
+
     /// All who wait here.
     pub fn load(&self) -> Load {
         self.load
@@ -290,6 +295,20 @@ impl Line {
             return Vec::new();
         }
         std::mem::take(&mut self.of_tenant).into_keys().collect()
+    }
+
+    /// The tenant's weight has changed, in thousandths. What it has had stays counted as it was.
+    pub fn reweigh(&mut self, tenant: TenantId, weight: u64) {
+        let of = self.known(tenant);
+        if of.stands() {
+            let before = std::mem::replace(&mut of.weight, weight);
+            self.weights = self.weights - before + weight;
+        }
+    }
+
+    /// Every tenant that was known here.
+    pub fn into_tenants(self) -> impl Iterator<Item = TenantId> {
+        self.of_tenant.into_keys()
     }
 
     /// The tenant is not known any more.

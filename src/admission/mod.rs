@@ -22,14 +22,14 @@ pub mod slack;
 pub mod slots;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use tokio::sync::{Notify, oneshot};
 use tokio::time::Instant;
 
-use crate::clients::{Clients, Tenant};
+use crate::clients::{ClientId, Clients, Tenant};
 use crate::config::{Concurrency, Config, LimitTable, Mode, Weight};
 use crate::error::Cause;
 use crate::metrics::{LimitGauge, ModelGauges};
@@ -41,7 +41,7 @@ use bucket::Bucket;
 use estimate::Learned;
 use limit::{Limit, Measure};
 use pace::LaneRules;
-use queue::{Ask, Grant, Offer, Queue, Rules, Ticket, Used};
+use queue::{Ask, Grant, NewLimits, Offer, Queue, Rules, Table, Ticket, Used};
 use slots::Slots;
 
 pub use bytes::{ByteBudget, HeldBytes, NoRoom};
@@ -82,7 +82,7 @@ pub struct Standing {
 /// What wakes a waiter: its permit, or that another took its place in a full queue.
 type Turn = Result<Permit, Refusal>;
 
-/// Every limit, and everyone who waits for one. There is one gate, shared by all.
+/// Every limit, and everyone who waits for one. There is one gate, shared by all, whatever configuration comes.
 pub struct Gate {
     /// Guards the whole state of admission. Held for a decision, never across an await.
     queue: Mutex<Queue<oneshot::Sender<Turn>>>,
@@ -92,13 +92,19 @@ pub struct Gate {
     retime: Arc<Notify>,
     ranks: AtomicU64,
     models: Arc<Models>,
-    /// The configuration's `[models]`.
-    model_limits: BTreeMap<String, LimitTable>,
-    replicas: u32,
+    /// Locked for a look while the queue is, when a model is seen for the first time, and for a reload.
+    tables: Mutex<ModelTables>,
     /// Whether any limit is a quota of which clients are told how it stands.
-    has_quotas: bool,
+    has_quotas: AtomicBool,
     /// To put into permits.
     me: Weak<Gate>,
+}
+
+/// The limits of models, by name.
+struct ModelTables {
+    /// The configuration's `[models]`.
+    by_name: BTreeMap<String, LimitTable>,
+    replicas: u32,
 }
 
 /// The right to send one request to the gateway. Dropping it gives back its slots, and settles its tokens: to nothing, with
@@ -122,38 +128,48 @@ impl Gate {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn open(config: &Config, models: Arc<Models>, clients: &Clients) -> Arc<Self> {
-        let limits = &config.limits;
-        let (lane_slots, slots) = match limits.concurrency {
-            Concurrency::Adaptive => {
-                (Some((share(LANE_SLOTS.0, limits.replicas), share(LANE_SLOTS.1, limits.replicas))), None)
-            }
-            Concurrency::Fixed(number) => (None, Some(number)),
-        };
-        let lane = LaneRules { slots: lane_slots, give_up: config.breaker.give_up };
-        let rules = Rules { max_waiting: config.queue.max_waiting as usize, lane, mode: limits.mode };
-        let (requests, tokens) = (limits.requests, limits.tokens);
-        let global = LimitTable { requests, tokens, concurrency: slots, mode: limits.mode };
-        let now = Instant::now();
-        let mut queue = Queue::new(rules, measures(&global, limits.replicas, now));
+        let (now, replicas) = (Instant::now(), config.limits.replicas);
+        let mut queue = Queue::new(rules(config), measures(&global_table(config), replicas, now));
         for client in clients.ids() {
             let own = clients.limits(client);
-            queue.limit_client(client, clients.name(client), own.mode, measures(own, limits.replicas, now));
+            queue.limit_client(client, clients.name(client), own.mode, measures(own, replicas, now));
         }
-        let own_tables = config.models.values().chain(clients.ids().map(|client| clients.limits(client)));
-        let has_quotas = own_tables.chain([&global]).any(has_quota);
         let gate = Arc::new_cyclic(|me| Self {
             queue: Mutex::new(queue),
             learned: Mutex::default(),
             retime: Arc::new(Notify::new()),
             ranks: AtomicU64::new(0),
             models,
-            model_limits: config.models.clone(),
-            replicas: limits.replicas,
-            has_quotas,
+            tables: Mutex::new(ModelTables::of(config)),
+            has_quotas: AtomicBool::new(has_quotas(config)),
             me: me.clone(),
         });
         tokio::spawn(keep_time(Arc::downgrade(&gate), gate.retime.clone()));
         gate
+    }
+
+    /// Puts the limits of another configuration in force, for those too who wait or are under way ([`Queue::reload`]).
+    pub fn reload(&self, config: &Config, clients: &Clients) {
+        let replicas = config.limits.replicas;
+        self.change(|queue, now| {
+            *self.tables() = ModelTables::of(config);
+            let of_model = |model: ModelId| {
+                let name = self.models.name(model);
+                let (mode, measures) = self.measures_of(model, &name, now);
+                (model, Table { name, mode, measures })
+            };
+            let of_client = |client: ClientId| {
+                let own = clients.limits(client);
+                let measures = measures(own, replicas, now);
+                let table = Table { name: clients.name(client).clone(), mode: own.mode, measures };
+                (client, clients.weight(client), table)
+            };
+            let models = queue.models().into_iter().map(of_model).collect();
+            let global = measures(&global_table(config), replicas, now);
+            let clients = clients.ids().map(of_client).collect();
+            queue.reload(NewLimits { rules: rules(config), global, models, clients }, now);
+            self.has_quotas.store(has_quotas(config), Ordering::Relaxed);
+        });
     }
 
     /// The next place in the order of arrival.
@@ -213,7 +229,7 @@ impl Gate {
     /// How the quotas stand that such a request has to pass; nothing where there are none.
     pub fn standing(&self, who: &Applicant) -> Standing {
         let mut standing = Standing::default();
-        if !self.has_quotas {
+        if !self.has_quotas.load(Ordering::Relaxed) {
             return standing;
         }
         let now = Instant::now();
@@ -302,10 +318,11 @@ impl Gate {
     }
 
     fn measures_of(&self, model: ModelId, name: &str, now: Instant) -> (Mode, Vec<Measure>) {
+        let tables = self.tables();
         // A call that names no model is no model's.
-        let named = || self.model_limits.get(name).or_else(|| self.model_limits.get("*"));
+        let named = || tables.by_name.get(name).or_else(|| tables.by_name.get("*"));
         let limits = if model == ModelId::NONE { None } else { named() };
-        limits.map_or((Mode::Enforce, Vec::new()), |limits| (limits.mode, measures(limits, self.replicas, now)))
+        limits.map_or((Mode::Enforce, Vec::new()), |limits| (limits.mode, measures(limits, tables.replicas, now)))
     }
 
     /// Changes the queue, lets through whoever can go after that, and wakes them once the lock is free.
@@ -347,9 +364,19 @@ impl Gate {
         look(&mut learned[model.index()])
     }
 
+    fn tables(&self) -> MutexGuard<'_, ModelTables> {
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn lock(&self) -> MutexGuard<'_, Queue<oneshot::Sender<Turn>>> {
         // A panic while deciding is a broken invariant; the state is still the best there is.
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl ModelTables {
+    fn of(config: &Config) -> Self {
+        Self { by_name: config.models.clone(), replicas: config.limits.replicas }
     }
 }
 
@@ -469,11 +496,38 @@ async fn keep_time(gate: Weak<Gate>, retime: Arc<Notify>) {
     }
 }
 
+/// What holds for the queue as a whole.
+fn rules(config: &Config) -> Rules {
+    let replicas = config.limits.replicas;
+    let slots = match config.limits.concurrency {
+        Concurrency::Adaptive => Some((share(LANE_SLOTS.0, replicas), share(LANE_SLOTS.1, replicas))),
+        Concurrency::Fixed(_) => None,
+    };
+    let lane = LaneRules { slots, give_up: config.breaker.give_up };
+    Rules { max_waiting: config.queue.max_waiting as usize, lane, mode: config.limits.mode }
+}
+
+/// Everyone's limits.
+fn global_table(config: &Config) -> LimitTable {
+    let limits = &config.limits;
+    let concurrency = match limits.concurrency {
+        Concurrency::Adaptive => None,
+        Concurrency::Fixed(number) => Some(number),
+    };
+    LimitTable { requests: limits.requests, tokens: limits.tokens, concurrency, mode: limits.mode }
+}
+
 fn measures(limits: &LimitTable, replicas: u32, now: Instant) -> Vec<Measure> {
     let requests = limits.requests.map(|rate| Measure::Requests(Bucket::new(rate.share(replicas), now)));
     let tokens = limits.tokens.map(|rate| Measure::Tokens(Bucket::of_guesses(rate.share(replicas), now)));
     let slots = limits.concurrency.map(|number| Measure::Concurrency(Slots::new(share(number, replicas))));
     requests.into_iter().chain(tokens).chain(slots).collect()
+}
+
+/// Whether there is any quota that clients can be told of.
+fn has_quotas(config: &Config) -> bool {
+    let of_clients = config.clients.values().map(|client| &client.limits);
+    config.models.values().chain(of_clients).chain([&global_table(config)]).any(has_quota)
 }
 
 /// Whether clients can be told how one of these limits stands; one that is only observed is not theirs to know.

@@ -14,6 +14,7 @@
 
 mod flows;
 mod predict;
+mod reload;
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -34,6 +35,8 @@ use crate::error::Cause;
 use crate::models::ModelId;
 
 use flows::{Flow, LaneId, LaneState, Shared};
+
+pub use reload::{NewLimits, Table};
 
 /// Those who share what is learned about the gateway: one upstream credential (by fingerprint) and one model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -68,8 +71,10 @@ pub struct Grant {
     at: Instant,
     charge: ChargeNo,
     cost: Cost,
-    /// Which of the observed limits counted it, by their places on the way.
-    observed: u16,
+    /// Its tenant's, when it was let through.
+    weight: Weight,
+    /// The limits that counted it, by [`Limit::mark`].
+    counted: u16,
     /// The limits in observe mode that would have refused it.
     pub would_refuse: Vec<Cause>,
     /// What its lane's pace wants to have back.
@@ -145,7 +150,7 @@ pub struct FlowView {
     pub cooldown: Duration,
 }
 
-/// Everyone who waits, and every limit they wait for.
+/// Everyone who waits, and every limit they wait for. Limits can be changed under way ([`Queue::reload`]).
 pub struct Queue<W> {
     rules: Rules,
     limits: Vec<Limit>,
@@ -332,8 +337,11 @@ impl<W> Queue<W> {
         };
         self.reserved_tokens = self.reserved_tokens.saturating_sub(charged);
         let correction = self.next_charge();
-        for id in path_of(&self.flows[grant.flow.0], grant) {
+        for id in self.flows[grant.flow.0].way() {
             let limit = &mut self.limits[id.0];
+            if !limit.has_counted(grant.charge, grant.counted) {
+                continue;
+            }
             let held = now.saturating_duration_since(grant.at);
             match &mut limit.measure {
                 Measure::Concurrency(slots) => slots.give_back(held),
@@ -357,7 +365,8 @@ impl<W> Queue<W> {
             Used::Refused => grant.cost.prompt.max(LEAST_SHARE),
             Used::Tokens(tokens) => tokens.max(LEAST_SHARE),
         };
-        let weight = self.tenants.share(tenant).weight;
+        // As it was charged: its weight may have changed meanwhile.
+        let weight = grant.weight;
         let (charged, service) = (Virtual::of(charged.max(LEAST_SHARE), weight), Virtual::of(share, weight));
         self.recount(grant.flow, |line, here| match here {
             true => line.correct(tenant, charged, service),
@@ -384,9 +393,13 @@ impl<W> Queue<W> {
     /// Charges the request buckets on the way once more, whether they have room or not.
     pub fn charge_again(&mut self, grant: &Grant, now: Instant) {
         let charge = self.next_charge();
-        let path: Vec<LimitId> = path_of(&self.flows[grant.flow.0], grant).collect();
-        for id in path {
-            if let Measure::Requests(bucket) = &mut self.limits[id.0].measure {
+        let way: Vec<LimitId> = self.flows[grant.flow.0].way().collect();
+        for id in way {
+            let limit = &mut self.limits[id.0];
+            let counted = limit.has_counted(grant.charge, grant.counted);
+            if let Measure::Requests(bucket) = &mut limit.measure
+                && counted
+            {
                 bucket.owe(1, charge, now);
                 self.set_timer(id, now);
             }
@@ -455,7 +468,8 @@ impl<W> Queue<W> {
         measures.into_iter().map(|measure| self.add_limit(Limit::new(scope.clone(), measure, mode))).collect()
     }
 
-    fn add_limit(&mut self, limit: Limit) -> LimitId {
+    fn add_limit(&mut self, mut limit: Limit) -> LimitId {
+        limit.since = ChargeNo(self.charges);
         if let Some(id) = self.free_limits.pop() {
             self.limits[id.0] = limit;
             return id;
@@ -499,28 +513,29 @@ impl<W> Queue<W> {
     fn grant(&mut self, id: FlowId, cost: Cost, max_wait: Duration, waiting_since: Instant, now: Instant) -> Grant {
         let charge = self.next_charge();
         let tokens = cost.tokens();
-        let mut grant_pass = None;
         let flow = &mut self.flows[id.0];
+        let weight = self.tenants.share(flow.tenant).weight;
+        let (would_refuse, pass) = (Vec::new(), None);
+        let mut grant = Grant { flow: id, at: now, charge, cost, weight, counted: 0, would_refuse, pass };
         flow.in_flight += 1;
         for limit in &flow.path {
             let limit = &mut self.limits[limit.0];
             if limit.concerns(tokens) {
-                grant_pass = limit.take(tokens, charge, waiting_since, now).or(grant_pass);
+                grant.pass = limit.take(tokens, charge, waiting_since, now).or(grant.pass);
+                grant.counted |= limit.mark;
                 limit.note_turn(flow.tenant, tokens, waiting_since < now);
             }
         }
-        let mut grant =
-            Grant { flow: id, at: now, charge, cost, observed: 0, would_refuse: Vec::new(), pass: grant_pass };
-        for (place, limit) in flow.observed.iter().enumerate() {
+        for limit in &flow.observed {
             let limit = &mut self.limits[limit.0];
             if let Measure::Pace(pace) = &mut limit.measure {
                 // It goes on learning, and holds nobody up.
                 grant.pass = Some(pace.pass(tokens, waiting_since < now, now));
-                grant.observed |= 1 << place;
+                grant.counted |= limit.mark;
                 continue;
             }
             if limit.concerns(tokens) && limit.observe(tokens, charge, max_wait, now) {
-                grant.observed |= 1 << place;
+                grant.counted |= limit.mark;
             } else if limit.concerns(tokens) && !grant.would_refuse.contains(&limit.cause(tokens, now)) {
                 grant.would_refuse.push(limit.cause(tokens, now));
             }
@@ -799,17 +814,12 @@ impl<W> Queue<W> {
     }
 }
 
-/// The limits that have counted what was granted.
-fn path_of<W>(flow: &Flow<W>, grant: &Grant) -> impl Iterator<Item = LimitId> {
-    let observed = flow.observed.iter().enumerate();
-    let counted = observed.filter(|(place, _)| grant.observed & (1 << place) != 0).map(|(_, limit)| limit);
-    flow.path.iter().chain(counted).copied()
-}
-
 #[cfg(test)]
 mod fair_tests;
 #[cfg(test)]
 mod model_tests;
+#[cfg(test)]
+mod reload_tests;
 #[cfg(test)]
 mod tests;
 #[cfg(test)]

@@ -38,6 +38,11 @@ impl Slots {
         self.limit = limit.max(1);
     }
 
+    /// From now on so many are taken, whoever has taken them; there may be fewer.
+    pub fn set_in_use(&mut self, in_use: u32) {
+        self.in_use = in_use;
+    }
+
     /// How many are taken.
     pub fn in_use(&self) -> u32 {
         self.in_use

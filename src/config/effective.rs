@@ -105,7 +105,7 @@ fn write_rate(f: &mut fmt::Formatter<'_>, key: &str, rate: Option<Rate>) -> fmt:
 }
 
 /// Text as TOML has it between quotes. (Rust's own way to escape is another: what it writes as `\u{301}` TOML cannot read.)
-fn quoted(text: &impl ToString) -> String {
+pub(super) fn quoted(text: &impl ToString) -> String {
     let mut quoted = String::from('"');
     for c in text.to_string().chars() {
         match c {

@@ -3,6 +3,7 @@
 //! Two stages. What the file says is read by `reader`, key by key; what comes out here is resolved (secrets looked up,
 //! addresses parsed, shares taken) and can be trusted by everything else. An empty file is a whole configuration.
 
+pub mod change;
 mod client;
 mod effective;
 mod reader;

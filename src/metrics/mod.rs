@@ -6,17 +6,20 @@
 //! series. Gauges are read when scraped.
 
 mod gauges;
+mod growing;
 mod text;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use prometheus::process_collector::ProcessCollector;
 use prometheus::{Histogram, HistogramOpts};
 
 use crate::clients::ClientId;
+use crate::error::Cause;
 use crate::models::{ModelId, Models};
+use growing::Growing;
 
 pub use gauges::{Gauges, LimitGauge, ModelGauges};
 
@@ -81,6 +84,14 @@ vocabulary! {
         Queue = "queue",
         Breaker = "breaker",
         Drain = "drain",
+    }
+}
+
+impl RefusedBy {
+    /// Whose limit it is that refuses for this cause; `None` where something failed, or the request is at fault.
+    pub fn of(cause: Cause) -> Option<Self> {
+        let word = cause.refused_by()?;
+        Some(*Self::ALL.iter().find(|by| by.label() == word).expect("every word of the table is a label"))
     }
 }
 
@@ -281,14 +292,24 @@ pub struct Metrics {
     models: Arc<Models>,
     per_model: PerModel<ModelMetrics>,
     /// By [`ClientId::index`].
-    clients: Vec<ClientPairs>,
+    clients: Growing<ClientPairs>,
     disconnects: Counters<{ Phase::ALL.len() }>,
     guards: Counters<{ Guard::ALL.len() }>,
     reloads: Counters<{ ReloadResult::ALL.len() }>,
+    /// Locked for a look or an update.
+    last_reload: Mutex<LastReload>,
     failed_handshakes: AtomicU64,
     lost_log_lines: AtomicU64,
     overhead: Histogram,
     process: ProcessCollector,
+}
+
+/// How the configuration came into force; the start counts as a reload that was applied.
+#[derive(Debug, Clone, Copy)]
+struct LastReload {
+    successful: bool,
+    /// When one was applied the last time.
+    applied_at: SystemTime,
 }
 
 /// What is counted for one client.
@@ -300,19 +321,29 @@ struct ClientPairs {
 impl Metrics {
     /// All zero. The clients' names come in the order of [`ClientId::index`].
     pub fn new<'c>(models: Arc<Models>, client_names: impl IntoIterator<Item = &'c Arc<str>>) -> Self {
-        let pairs = |name: &Arc<str>| ClientPairs { name: Arc::clone(name), per_model: PerModel::new() };
-        Self {
+        let metrics = Self {
             models,
             per_model: PerModel::new(),
-            clients: client_names.into_iter().map(pairs).collect(),
+            clients: Growing::new(),
             disconnects: Counters::new(),
             guards: Counters::new(),
             reloads: Counters::new(),
+            last_reload: Mutex::new(LastReload { successful: true, applied_at: SystemTime::now() }),
             failed_handshakes: AtomicU64::new(0),
             lost_log_lines: AtomicU64::new(0),
             // 50 us to 100 ms.
             overhead: histogram(0.000_05, 2.0, 12),
             process: ProcessCollector::for_self(),
+        };
+        metrics.know_clients(client_names);
+        metrics
+    }
+
+    /// There are these clients now, in the order of [`ClientId::index`]. Those that were known keep what was counted, also
+    /// when they are no clients any more.
+    pub fn know_clients<'c>(&self, names: impl IntoIterator<Item = &'c Arc<str>>) {
+        for (index, name) in names.into_iter().enumerate() {
+            self.clients.put(index, || ClientPairs { name: Arc::clone(name), per_model: PerModel::new() });
         }
     }
 
@@ -323,7 +354,16 @@ impl Metrics {
 
     /// The handles of a client's requests for a model.
     pub fn pair(&self, model: ModelId, client: ClientId) -> Arc<PairMetrics> {
-        self.clients[client.index()].per_model.get(model, PairMetrics::new)
+        self.client(client).per_model.get(model, PairMetrics::new)
+    }
+
+    /// The names that stand for a client and a model in labels.
+    pub fn names(&self, client: ClientId, model: ModelId) -> (Arc<str>, Arc<str>) {
+        (Arc::clone(&self.client(client).name), self.models.name(model))
+    }
+
+    fn client(&self, id: ClientId) -> &ClientPairs {
+        self.clients.get(id.index()).expect("a client is known here before it has an id")
     }
 
     /// A client went away.
@@ -336,9 +376,14 @@ impl Metrics {
         self.guards.add(guard as usize, 1);
     }
 
-    /// A new configuration was given.
-    pub fn reload(&self, result: ReloadResult) {
+    /// A new configuration was given at that time.
+    pub fn reload(&self, result: ReloadResult, at: SystemTime) {
         self.reloads.add(result as usize, 1);
+        let mut last = self.last_reload.lock().unwrap_or_else(PoisonError::into_inner);
+        last.successful = result == ReloadResult::Applied;
+        if last.successful {
+            last.applied_at = at;
+        }
     }
 
     /// A client's TLS handshake came to nothing.
@@ -356,6 +401,9 @@ impl Metrics {
         self.overhead.observe(duration.as_secs_f64());
     }
 }
+
+// Every client that can be known has a place.
+const _: () = assert!(crate::clients::MAX_NAMES < Growing::<ClientPairs>::CAPACITY);
 
 fn histogram(start: f64, factor: f64, count: usize) -> Histogram {
     let buckets =

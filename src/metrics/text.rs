@@ -14,6 +14,7 @@ impl Metrics {
         families.extend(MODEL_COUNTERS.iter().map(|family| family.of(&models)));
         families.extend(HISTOGRAMS.iter().map(|family| family.of(&models)));
         families.extend(self.of_all());
+        families.extend(self.of_last_reload());
         families.push(family(
             "weir_overhead_seconds",
             OVERHEAD_HELP,
@@ -43,6 +44,25 @@ impl Metrics {
             models.iter().filter_map(find).collect::<Vec<_>>()
         };
         self.clients.iter().flat_map(of_client).collect()
+    }
+
+    /// How the last new configuration fared.
+    fn of_last_reload(&self) -> [MetricFamily; 2] {
+        let last = *self.last_reload.lock().unwrap_or_else(PoisonError::into_inner);
+        let of = |name, help, value| family(name, help, MetricType::GAUGE, vec![gauge(value, &[])]);
+        let applied_at = last.applied_at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        [
+            of(
+                "weir_config_last_reload_successful",
+                "1 where the configuration in force is the last one given; 0 where that was refused: weir's log says why.",
+                f64::from(u8::from(last.successful)),
+            ),
+            of(
+                "weir_config_last_reload_success_timestamp_seconds",
+                "When the configuration in force was applied, in seconds since 1970: at the start, or by the last reload.",
+                applied_at.as_secs_f64().floor(),
+            ),
+        ]
     }
 
     /// What is counted for all together.
@@ -351,6 +371,36 @@ mod tests {
             assert!(text.contains(series), "{series} is not in {text}");
         }
         assert!(!text.contains(r#"model="other""#), "only what was asked for has series");
+    }
+
+    #[test]
+    fn a_client_that_is_new_is_counted_and_one_that_is_gone_keeps_its_series() {
+        let config = |text| Config::parse(text, &|_| None).expect("good");
+        let (models, before) = (Arc::new(Models::new(["m"])), Clients::new(&config("[clients.a]\nkey = \"k1\"")));
+        let metrics = Metrics::new(models.clone(), before.names());
+        let a = before.ids().next().expect("a client");
+        metrics.pair(models.find("m"), a).tokens(TokenKind::Prompt, 1);
+        let after = before.changed_to(&config("[clients.b]\nkey = \"k2\"")).expect("few names");
+        metrics.know_clients(after.names());
+        metrics.pair(models.find("m"), after.ids().next().expect("a client")).tokens(TokenKind::Prompt, 2);
+        let text = metrics.encode(&Gauges::default());
+        for series in [
+            r#"weir_tokens_total{model="m",client="a",kind="prompt"} 1"#,
+            r#"weir_tokens_total{model="m",client="b",kind="prompt"} 2"#,
+        ] {
+            assert!(text.contains(series), "{series} is not in {text}");
+        }
+    }
+
+    #[test]
+    fn a_reload_that_was_refused_leaves_the_time_of_the_last_that_was_not() {
+        let metrics = metrics(&Arc::new(Models::new([])));
+        let at = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
+        metrics.reload(ReloadResult::Applied, at(1_000_000));
+        metrics.reload(ReloadResult::Refused, at(2_000_000));
+        let text = metrics.encode(&Gauges::default());
+        assert!(text.contains("\nweir_config_last_reload_successful 0\n"), "{text}");
+        assert!(text.contains("\nweir_config_last_reload_success_timestamp_seconds 1000000\n"), "{text}");
     }
 
     #[test]

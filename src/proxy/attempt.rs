@@ -50,7 +50,7 @@ struct Limit {
 
 impl Proxy {
     /// One attempt, until it is clear whether it brought an answer.
-    pub(super) async fn attempt(&self, call: &mut Call, mut permit: Permit, ledger: &mut Ledger) -> Tried {
+    pub(super) async fn attempt(&self, call: &mut Call<'_>, mut permit: Permit, ledger: &mut Ledger) -> Tried {
         ledger.attempt_begins();
         let limit = self.attempt_limit(call, ledger.arrived());
         let exchanging = self.exchange(call, &mut permit, ledger);
@@ -71,11 +71,16 @@ impl Proxy {
     /// A pooled connection may have been closed by the gateway in the very moment in which it was taken. What was not
     /// written then goes over a new one; so does, once more, what was, if that does no harm. It costs no retry, but
     /// counts as an attempt, and against the quota.
-    async fn exchange(&self, call: &mut Call, permit: &mut Permit, ledger: &mut Ledger) -> Result<Exchange, SendError> {
-        let repeatable = call.is_repeatable();
+    async fn exchange(
+        &self,
+        call: &mut Call<'_>,
+        permit: &mut Permit,
+        ledger: &mut Ledger,
+    ) -> Result<Exchange, SendError> {
+        let (repeatable, timeout) = (call.is_repeatable(), call.settings.config.timeouts.connect);
         let (mut payload, mut fresh) = (call.payload(), false);
         loop {
-            let connection = self.upstream.connection(repeatable, fresh).await?;
+            let connection = self.upstream.connection(repeatable, fresh, timeout).await?;
             let reused = connection.reused;
             permit.spend();
             match self.upstream.send(connection, &call.outgoing, payload).await {
@@ -98,8 +103,8 @@ impl Proxy {
     }
 
     /// How long an attempt may take to bring the beginning of an answer.
-    fn attempt_limit(&self, call: &Call, arrived: Instant) -> Limit {
-        let timeouts = &self.shared.config.timeouts;
+    fn attempt_limit(&self, call: &Call<'_>, arrived: Instant) -> Limit {
+        let timeouts = &call.settings.config.timeouts;
         let now = Instant::now();
         let own = match call.stream {
             true => Limit { at: now + timeouts.first_event, cause: Cause::FirstEventTimeout, name: "first_event" },
@@ -110,10 +115,10 @@ impl Proxy {
     }
 
     /// There was no answer in time: the client's fault where it is the one that is still waited for.
-    fn late(&self, limit: Limit, call: &Call) -> Tried {
+    fn late(&self, limit: Limit, call: &Call<'_>) -> Tried {
         match &call.body {
             CallBody::Upload(_, watch) if watch.is_waiting() => {
-                let fault = body::too_slow(self.shared.config.server.body_timeout);
+                let fault = body::too_slow(call.settings.config.server.body_timeout);
                 Tried::failed(Ending::Broken, AttemptResult::Cancelled, fault)
             }
             _ => limit.exceeded(),
@@ -121,13 +126,13 @@ impl Proxy {
     }
 
     /// Reads as much of an answer as it takes to judge it: an error's body, a stream up to its first output.
-    async fn open(&self, exchange: Exchange, call: &Call, mut permit: Permit, limit: Limit) -> Tried {
+    async fn open(&self, exchange: Exchange, call: &Call<'_>, mut permit: Permit, limit: Limit) -> Tried {
         let Exchange { head, body } = exchange;
         if !head.status.is_success() {
             permit.refused();
         }
         let patience = Patience {
-            idle: self.shared.config.timeouts.idle,
+            idle: call.settings.config.timeouts.idle,
             first_event: (call.stream && relay::is_event_stream(&head)).then_some((limit.at, limit.cause)),
         };
         let asked_for_client = matches!(call.usage, AsksUsage::ForClient(_));
@@ -287,7 +292,7 @@ impl Answer {
 }
 
 /// There was no answer.
-fn unanswered(error: &SendError, call: &Call) -> Tried {
+fn unanswered(error: &SendError, call: &Call<'_>) -> Tried {
     if let CallBody::Upload(_, watch) = &call.body
         && let Some(fault) = watch.fault()
     {

@@ -11,9 +11,11 @@ use tokio::time::Instant;
 use super::body::{self, Read, ReadLimits, Upload, UploadWatch};
 use super::fields;
 use super::route::Route;
+use super::settings::Settings;
 use super::{Proxy, Shared};
 use crate::admission::{Applicant, HeldBytes, Lane, Size};
 use crate::clients::Caller;
+use crate::config::Config;
 use crate::error::{Cause, Failure};
 use crate::ledger::Ledger;
 use crate::models::ModelId;
@@ -29,7 +31,9 @@ const MAX_REPLAYED: u64 = 1 << 20;
 const MAX_UPLOAD_WAIT: Duration = Duration::from_secs(10);
 
 /// A request that was read and found good.
-pub(super) struct Call {
+pub(super) struct Call<'s> {
+    /// What was in force when it arrived.
+    pub(super) settings: &'s Settings,
     pub(super) outgoing: Outgoing,
     pub(super) body: CallBody,
     pub(super) endpoint: Option<Endpoint>,
@@ -69,23 +73,24 @@ pub(super) enum CallBody {
 
 impl Proxy {
     /// Where the request goes at the gateway.
-    pub(super) fn target(&self, route: &Route<'_>, query: Option<&str>) -> Result<Uri, Failure> {
-        target(&self.shared.config.upstream.base_url, route.below_v1, query)
+    pub(super) fn target(settings: &Settings, route: &Route<'_>, query: Option<&str>) -> Result<Uri, Failure> {
+        target(&settings.config.upstream.base_url, route.below_v1, query)
             .ok_or_else(|| Failure::new(Cause::BadRequest, "the request's path cannot be put behind upstream.base_url"))
     }
 
     /// Reads what the request asks for, and its body unless that streams through.
-    pub(super) async fn read(
+    pub(super) async fn read<'s>(
         &self,
+        settings: &'s Settings,
         mut head: request::Parts,
         target: Uri,
         endpoint: Option<Endpoint>,
         caller: Caller,
         body: &mut Option<Incoming>,
         ledger: &mut Ledger,
-    ) -> Result<Call, Failure> {
-        let mut held = self.shared.memory.hold(caller.tenant, self.shared.clients.weight(caller.client));
-        let body = self.read_body(endpoint, body, &mut held, ledger).await?;
+    ) -> Result<Call<'s>, Failure> {
+        let mut held = self.shared.memory.hold(caller.tenant, settings.clients.weight(caller.client));
+        let body = read_body(&settings.config, endpoint, body, &mut held, ledger).await?;
         let peek = match (&body, endpoint) {
             (CallBody::Whole(bytes), Some(_)) => call::peek(bytes).map_err(|duplicate| duplicate_key(&duplicate))?,
             _ => call::Peek::default(),
@@ -93,8 +98,8 @@ impl Proxy {
         let model = self.model(endpoint, peek.model.as_deref());
         ledger.set_model(model);
         let (by_client, patience) = (headers::client_retries(&head.headers), headers::client_patience(&head.headers));
-        let Shared { host, via, key, .. } = &*self.shared;
-        fields::to_upstream(&mut head, host, via, key.as_ref(), endpoint.is_some());
+        let Settings { host, key, .. } = settings;
+        fields::to_upstream(&mut head, host, &self.shared.via, key.as_ref(), endpoint.is_some());
         let outgoing = Outgoing::new(head.method, &target, &head.headers);
         let size = endpoint.map(|endpoint| size_of(endpoint, &peek));
         let may_be_asked = || self.shared.usage_option.may_be_asked(model, Instant::now());
@@ -106,6 +111,7 @@ impl Proxy {
         };
         let (model_name, stream) = (peek.model, peek.stream);
         Ok(Call {
+            settings,
             outgoing,
             body,
             endpoint,
@@ -121,36 +127,6 @@ impl Proxy {
         })
     }
 
-    /// Reads the body into memory, as far as that is wanted: all of a metered call's, the beginning of another's.
-    async fn read_body(
-        &self,
-        endpoint: Option<Endpoint>,
-        body: &mut Option<Incoming>,
-        held: &mut HeldBytes,
-        ledger: &mut Ledger,
-    ) -> Result<CallBody, Failure> {
-        let config = &self.shared.config;
-        let limits = ReadLimits {
-            max: if endpoint.is_some() { config.server.max_body } else { MAX_REPLAYED },
-            timeout: config.server.body_timeout,
-            deadline: ledger.arrived() + config.timeouts.deadline,
-        };
-        let begun_reading = Instant::now();
-        let incoming = body.as_mut().expect("a body is read once");
-        let read = body::read(incoming, limits, held).await?;
-        ledger.spent_elsewhere(begun_reading.elapsed());
-        match read {
-            Read::Whole(bytes) => Ok(CallBody::Whole(bytes)),
-            Read::Longer(_) if endpoint.is_some() => Err(body::too_large(limits.max)),
-            Read::Longer(begun) => {
-                let watch = Arc::<UploadWatch>::default();
-                let rest = body.take().expect("a body is read once");
-                let upload = Upload::new(rest, config.server.body_timeout, watch.clone());
-                Ok(CallBody::Upload(Some(Streamed::new(begun, upload)), watch))
-            }
-        }
-    }
-
     fn model(&self, endpoint: Option<Endpoint>, name: Option<&str>) -> ModelId {
         match (endpoint, name) {
             (None, _) => ModelId::NONE,
@@ -160,8 +136,9 @@ impl Proxy {
     }
 
     /// How it applies for a permit, at each of its attempts.
-    pub(super) fn applicant(&self, call: &Call, arrived: Instant) -> Applicant {
-        let Shared { config, gate, clients, .. } = &*self.shared;
+    pub(super) fn applicant(&self, call: &Call<'_>, arrived: Instant) -> Applicant {
+        let Shared { gate, .. } = &*self.shared;
+        let Settings { config, clients, .. } = call.settings;
         let Caller { client, tenant, credential, .. } = call.caller;
         let (cost, first_byte) = match call.size {
             Some(size) => gate.estimate(call.model, size, call.stream),
@@ -189,7 +166,7 @@ impl Proxy {
     }
 }
 
-impl Call {
+impl Call<'_> {
     /// What an attempt sends.
     pub(super) fn payload(&mut self) -> Payload {
         match (&mut self.body, &self.usage) {
@@ -210,6 +187,35 @@ impl Call {
 impl CallBody {
     pub(super) fn is_whole(&self) -> bool {
         matches!(self, Self::Whole(_))
+    }
+}
+
+/// Reads the body into memory, as far as that is wanted: all of a metered call's, the beginning of another's.
+async fn read_body(
+    config: &Config,
+    endpoint: Option<Endpoint>,
+    body: &mut Option<Incoming>,
+    held: &mut HeldBytes,
+    ledger: &mut Ledger,
+) -> Result<CallBody, Failure> {
+    let limits = ReadLimits {
+        max: if endpoint.is_some() { config.server.max_body } else { MAX_REPLAYED },
+        timeout: config.server.body_timeout,
+        deadline: ledger.arrived() + config.timeouts.deadline,
+    };
+    let begun_reading = Instant::now();
+    let incoming = body.as_mut().expect("a body is read once");
+    let read = body::read(incoming, limits, held).await?;
+    ledger.spent_elsewhere(begun_reading.elapsed());
+    match read {
+        Read::Whole(bytes) => Ok(CallBody::Whole(bytes)),
+        Read::Longer(_) if endpoint.is_some() => Err(body::too_large(limits.max)),
+        Read::Longer(begun) => {
+            let watch = Arc::<UploadWatch>::default();
+            let rest = body.take().expect("a body is read once");
+            let upload = Upload::new(rest, config.server.body_timeout, watch.clone());
+            Ok(CallBody::Upload(Some(Streamed::new(begun, upload)), watch))
+        }
     }
 }
 

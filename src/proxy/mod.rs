@@ -10,12 +10,14 @@ mod body;
 mod call;
 pub mod fields;
 pub mod route;
+mod settings;
 mod usage_option;
 
+use std::fmt;
 use std::net::IpAddr;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -27,22 +29,24 @@ use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use crate::admission::{Applicant, ByteBudget, Gate, Permit, Standing};
-use crate::clients::Clients;
 use crate::config::Config;
+use crate::config::change::Change;
 use crate::error::{Cause, Failure};
-use crate::ledger::Ledger;
+use crate::ledger::{Books, Ledger};
 use crate::metrics::{AttemptResult, Gauges, Metrics, Outcome, RefusedBy};
 use crate::models::{ModelId, Models};
 use crate::openai::call::Endpoint;
 use crate::openai::headers;
+use crate::recent::RecentError;
 use crate::relay::{BrokenOff, Relay};
-use crate::retry::{Ending, Policy, Tries, Verdict};
+use crate::retry::{Ending, Tries, Verdict};
 use crate::upstream::connect::Connector;
 use crate::upstream::{ConnectionCounts, Upstream};
 
 use attempt::{Answer, Tried, given_up};
 use call::{AsksUsage, Call};
-use fields::{LentKey, Via};
+use fields::Via;
+use settings::Settings;
 use usage_option::UsageOption;
 
 /// How many of a request's attempts may find out for all whether the gateway is back, and cost it no retry.
@@ -54,28 +58,66 @@ const MOST_OWN_FIELDS: usize = 10;
 /// How often it is looked whether the budget allows a retry that waits for it.
 const BUDGET_INTERVAL: Duration = Duration::from_millis(500);
 
+/// Why a configuration cannot come into force while weir runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CannotChange {
+    /// Options that are different and are put in force at the start only.
+    NeedsRestart(Vec<Change>),
+    /// Names are known until weir stops, and there have been too many: what they are names of.
+    TooManyNames(String),
+}
+
+impl fmt::Display for CannotChange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NeedsRestart(changes) => {
+                f.write_str(
+                    "a restart is needed for what cannot change while weir runs (or put it back, and reload): ",
+                )?;
+                changes.iter().enumerate().try_for_each(|(index, change)| {
+                    let comma = if index == 0 { "" } else { "; " };
+                    write!(f, "{comma}{change}")
+                })
+            }
+            Self::TooManyNames(why) => write!(f, "a restart is needed: {why}"),
+        }
+    }
+}
+
+impl std::error::Error for CannotChange {}
+
+impl Shared {
+    /// What is in force.
+    fn settings(&self) -> Arc<Settings> {
+        Arc::clone(&self.settings.read().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// The models that the configuration knows by name.
+fn model_names(config: &Config) -> impl Iterator<Item = &str> {
+    config.models.keys().map(String::as_str).filter(|name| *name != "*")
+}
+
 /// Where clients' requests become the gateway's. A clone for each worker, with connections of its own.
 pub struct Proxy {
     shared: Arc<Shared>,
     upstream: Upstream,
 }
 
-/// What all workers share.
+/// What all workers share, as long as weir runs.
 struct Shared {
-    config: Arc<Config>,
+    /// What is in force. Locked to take a share of it, once for each request, and to put another in its place.
+    settings: RwLock<Arc<Settings>>,
+    /// Held for a change of the settings, and of all that follows from them.
+    reloading: Mutex<()>,
     models: Arc<Models>,
-    clients: Clients,
-    metrics: Arc<Metrics>,
+    books: Arc<Books>,
     gate: Arc<Gate>,
-    policy: Policy,
     memory: ByteBudget,
     usage_option: UsageOption,
     connector: Connector,
     connections: Arc<ConnectionCounts>,
     via: Via,
-    host: HeaderValue,
-    /// `None` where the clients' own keys go through.
-    key: Option<LentKey>,
     /// Names this process in request ids.
     instance: String,
     requests: AtomicU64,
@@ -87,27 +129,23 @@ impl Proxy {
     /// # Panics
     /// Outside a tokio runtime: the gate keeps time in a task.
     pub fn new(config: Arc<Config>, connector: Connector) -> Self {
-        let configured = config.models.keys().map(String::as_str).filter(|name| *name != "*");
-        let models = Arc::new(Models::new(configured));
+        let models = Arc::new(Models::new(model_names(&config)));
         let instance = format!("{:08x}", rand::random::<u32>());
-        let authority = config.upstream.base_url.authority().as_str();
-        let clients = Clients::new(&config);
+        let settings = Settings::new(config);
+        let Settings { config, clients, .. } = &settings;
         let shared = Shared {
-            metrics: Arc::new(Metrics::new(models.clone(), clients.names())),
-            gate: Gate::open(&config, models.clone(), &clients),
-            policy: Policy::new(&config.retry, Instant::now()),
+            books: Arc::new(Books::new(Arc::new(Metrics::new(models.clone(), clients.names())))),
+            gate: Gate::open(config, models.clone(), clients),
             memory: ByteBudget::new(config.queue.max_bytes),
             usage_option: UsageOption::default(),
             connections: Arc::default(),
             via: Via::new(&instance),
-            host: HeaderValue::from_str(authority).expect("an authority is visible ASCII"),
-            key: config.upstream.api_key.as_ref().map(LentKey::new),
             requests: AtomicU64::new(0),
+            reloading: Mutex::default(),
+            settings: RwLock::new(Arc::new(settings)),
             models,
-            clients,
             connector,
             instance,
-            config,
         };
         Self::of(Arc::new(shared))
     }
@@ -119,8 +157,38 @@ impl Proxy {
     }
 
     fn of(shared: Arc<Shared>) -> Self {
-        let upstream = Upstream::new(&shared.config, shared.connector.clone(), shared.connections.clone());
+        let config = shared.settings().config.clone();
+        let upstream = Upstream::new(&config, shared.connector.clone(), shared.connections.clone());
         Self { shared, upstream }
+    }
+
+    /// The configuration in force.
+    pub fn config(&self) -> Arc<Config> {
+        self.shared.settings().config.clone()
+    }
+
+    /// Puts another configuration in force, whole, and says what has changed. Requests under way keep what they began with,
+    /// except for limits, which change for all.
+    ///
+    /// # Errors
+    /// It cannot come into force while weir runs; nothing has changed.
+    pub fn reload(&self, config: Config) -> Result<Vec<Change>, CannotChange> {
+        let shared = &*self.shared;
+        let _one_at_a_time = shared.reloading.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = shared.settings();
+        let changes = before.config.changes_to(&config);
+        let needs_restart: Vec<Change> = changes.iter().filter(|change| change.needs_restart()).cloned().collect();
+        if !needs_restart.is_empty() {
+            return Err(CannotChange::NeedsRestart(needs_restart));
+        }
+        let after = before.changed_to(Arc::new(config)).map_err(CannotChange::TooManyNames)?;
+        shared.models.configure(model_names(&after.config)).map_err(CannotChange::TooManyNames)?;
+        // Nothing can fail from here on. A client has its counters before anybody can be that client.
+        shared.books.metrics.know_clients(after.clients.names());
+        shared.memory.set_limit(after.config.queue.max_bytes);
+        shared.gate.reload(&after.config, &after.clients);
+        *shared.settings.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(after);
+        Ok(changes)
     }
 
     /// The gate that every request passes.
@@ -130,20 +198,26 @@ impl Proxy {
 
     /// What was counted.
     pub fn metrics(&self) -> &Metrics {
-        &self.shared.metrics
+        &self.shared.books.metrics
+    }
+
+    /// The last requests that were refused, failed or answered with an error, the newest first.
+    pub fn recent_errors(&self) -> Vec<RecentError> {
+        self.shared.books.recent_errors.latest()
     }
 
     /// What there is to see now; of tasks and clients' connections the proxy knows nothing.
     pub fn gauges(&self) -> Gauges {
         let (connections_active, connections_idle) = self.shared.connections.active_and_idle();
+        let queue = &self.config().queue;
         Gauges {
             models: self.shared.gate.model_gauges(),
             limits: self.shared.gate.limit_gauges(),
             connections_active,
             connections_idle,
-            waiting_limit: self.shared.config.queue.max_waiting.into(),
+            waiting_limit: queue.max_waiting.into(),
             buffered_bytes: self.shared.memory.held(),
-            buffered_bytes_limit: self.shared.config.queue.max_bytes,
+            buffered_bytes_limit: queue.max_bytes,
             reserved_tokens: self.shared.gate.reserved_tokens(),
             ..Gauges::default()
         }
@@ -151,21 +225,23 @@ impl Proxy {
 
     /// Serves one request, of a client at that address. Dropping the future cancels it everywhere.
     pub async fn serve(&self, request: Request<Incoming>, peer: Option<IpAddr>) -> Response<ResponseBody> {
-        let mut ledger = Ledger::open(self.shared.metrics.clone(), Instant::now());
+        let mut ledger = Ledger::open(self.shared.books.clone(), Instant::now());
+        let settings = self.shared.settings();
         let (head, body) = request.into_parts();
         let (version, mut asked) = (head.version, Asked { body: Some(body), applicant: None });
         // A copy: what shares hyper's read buffer keeps it from being used again.
         let request_id =
             head.headers.get(&headers::REQUEST_ID).and_then(|id| HeaderValue::from_bytes(id.as_bytes()).ok());
         let endpoint = route::route(&head.method, head.uri.path()).and_then(|route| route.endpoint);
-        let mut response = match self.story(head, &mut asked, peer, &mut ledger).await {
-            Ok(answer) => self.respond(answer, endpoint, ledger),
+        let mut response = match self.story(&settings, head, &mut asked, peer, &mut ledger).await {
+            Ok(answer) => self.respond(answer, endpoint, request_id, ledger),
             Err(failure) => {
                 if let (Some(unread), Version::HTTP_2) = (&mut asked.body, version) {
                     body::discard(unread).await;
                 }
-                let mut response = self.fail(&failure, endpoint, ledger);
-                if matches!(failure.cause, Cause::BadRequest | Cause::HeadersTooLarge) && version < Version::HTTP_2 {
+                let cause = failure.cause;
+                let mut response = self.fail(&settings.config, failure, endpoint, request_id, ledger);
+                if matches!(cause, Cause::BadRequest | Cause::HeadersTooLarge) && version < Version::HTTP_2 {
                     // Someone between here and the client may read differently where it ends, as hyper supposes of its own.
                     response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
                 }
@@ -176,12 +252,13 @@ impl Proxy {
             let Standing { requests, tokens } = self.shared.gate.standing(applicant);
             headers::tell_quota(response.headers_mut(), requests, tokens);
         }
-        self.name(response, request_id)
+        response
     }
 
     /// The story of one request.
     async fn story(
         &self,
+        settings: &Settings,
         head: request::Parts,
         asked: &mut Asked,
         peer: Option<IpAddr>,
@@ -189,10 +266,10 @@ impl Proxy {
     ) -> Result<Box<Answer>, Failure> {
         fields::check(&head, &self.shared.via)?;
         let route = route::route(&head.method, head.uri.path()).ok_or_else(|| call::unknown_path(&head))?;
-        let (target, endpoint) = (self.target(&route, head.uri.query())?, route.endpoint);
-        let caller = self.shared.clients.identify(&head.headers, peer)?;
+        let (target, endpoint) = (Self::target(settings, &route, head.uri.query())?, route.endpoint);
+        let caller = settings.clients.identify(&head.headers, peer)?;
         ledger.set_client(caller.client);
-        let mut call = self.read(head, target, endpoint, caller, &mut asked.body, ledger).await?;
+        let mut call = self.read(settings, head, target, endpoint, caller, &mut asked.body, ledger).await?;
         let applicant = asked.applicant.insert(self.applicant(&call, ledger.arrived()));
         let mut tries = Tries {
             retries: 0,
@@ -209,7 +286,7 @@ impl Proxy {
                 Err(refusal) => return last.map_or(Err(refusal), given_up),
             };
             if let Some(reason) = owes_retry {
-                if !self.shared.policy.pay(Instant::now()) {
+                if !settings.policy.pay(Instant::now()) {
                     // Another was quicker; this permit goes back, and the request waits for the budget again.
                     drop(permit);
                     match last {
@@ -222,7 +299,7 @@ impl Proxy {
                 owes_retry = None;
             }
             if ledger.attempts() == 0 {
-                self.shared.policy.first_attempt(Instant::now());
+                settings.policy.first_attempt(Instant::now());
             }
             let tried = self.attempt(&mut call, permit, ledger).await;
             if tried.option_refused {
@@ -275,21 +352,14 @@ impl Proxy {
 
     /// Waits until the budget allows a retry; `false` where the request's time is over before that, or nobody is to wait for this
     /// gateway any more.
-    async fn waits_for_budget(&self, call: &Call, applicant: &Applicant, ledger: &Ledger) -> bool {
-        while !self.shared.policy.allows_retry(Instant::now()) {
-            if self.time_left(call, ledger) <= BUDGET_INTERVAL || self.shared.gate.has_given_up(applicant) {
+    async fn waits_for_budget(&self, call: &Call<'_>, applicant: &Applicant, ledger: &Ledger) -> bool {
+        while !call.settings.policy.allows_retry(Instant::now()) {
+            if time_left(call, ledger) <= BUDGET_INTERVAL || self.shared.gate.has_given_up(applicant) {
                 return false;
             }
             tokio::time::sleep(BUDGET_INTERVAL).await;
         }
         true
-    }
-
-    /// For how long the request is still worth an attempt.
-    fn time_left(&self, call: &Call, ledger: &Ledger) -> Duration {
-        let deadline = self.shared.config.timeouts.deadline;
-        let patience = call.patience.unwrap_or(Duration::MAX).min(deadline);
-        patience.saturating_sub(ledger.arrived().elapsed())
     }
 
     /// Waits for a permit. Dropped while it waits, the place in the queue is given up.
@@ -299,20 +369,20 @@ impl Proxy {
         ledger.waited(begun.elapsed());
         let permit = admitted?;
         if !again {
-            permit.would_refuse().iter().filter_map(|cause| refused_by(*cause)).for_each(|by| ledger.observed(by));
+            permit.would_refuse().iter().filter_map(|cause| RefusedBy::of(*cause)).for_each(|by| ledger.observed(by));
         }
         Ok(permit)
     }
 
     /// The gateway has served this call: its model may have a name in metrics and limits of its own, and its key may be
     /// a tenant. A call that is not metered proves nothing: gateways list their models to everyone.
-    fn learn(&self, tried: &Tried, call: &Call, ledger: &mut Ledger) {
-        let Shared { clients, models, gate, usage_option, .. } = &*self.shared;
+    fn learn(&self, tried: &Tried, call: &Call<'_>, ledger: &mut Ledger) {
+        let Shared { models, gate, usage_option, .. } = &*self.shared;
         let served = tried.outcome.as_ref().is_ok_and(|answer| answer.head.status.is_success());
         if tried.result != AttemptResult::Ok || !served || call.endpoint.is_none() {
             return;
         }
-        clients.accepted(&call.caller);
+        call.settings.clients.accepted(&call.caller);
         let model = match (call.model, &call.model_name) {
             (ModelId::OTHER, Some(name)) => models.learn(name),
             (known, _) => known,
@@ -326,22 +396,29 @@ impl Proxy {
         }
     }
 
-    fn judge(&self, tried: &Tried, tries: Tries, call: &Call, ledger: &Ledger) -> Verdict {
+    fn judge(&self, tried: &Tried, tries: Tries, call: &Call<'_>, ledger: &Ledger) -> Verdict {
         if !call.body.is_whole() {
             return Verdict::Final;
         }
-        let left = self.time_left(call, ledger);
-        self.shared.policy.judge(tried.ending, tries, left, &mut rand::rng())
+        let left = time_left(call, ledger);
+        call.settings.policy.judge(tried.ending, tries, left, &mut rand::rng())
     }
 
     /// The gateway's answer, with what weir adds.
-    fn respond(&self, answer: Box<Answer>, endpoint: Option<Endpoint>, mut ledger: Ledger) -> Response<ResponseBody> {
+    fn respond(
+        &self,
+        answer: Box<Answer>,
+        endpoint: Option<Endpoint>,
+        request_id: Option<HeaderValue>,
+        mut ledger: Ledger,
+    ) -> Response<ResponseBody> {
         let Answer { mut head, source, hides_usage } = *answer;
         let now = Instant::now();
         ledger.answer_begins(now);
         fields::to_client(&mut head);
         head.headers.reserve(MOST_OWN_FIELDS);
         add_own_fields(&mut head.headers, &ledger, now);
+        ledger.answers(self.name(&mut head.headers, request_id), head.status);
         let endpoint = endpoint.filter(|_| head.status.is_success());
         if hides_usage {
             // A chunk will be missing from it.
@@ -352,8 +429,15 @@ impl Proxy {
     }
 
     /// weir's own answer.
-    fn fail(&self, failure: &Failure, endpoint: Option<Endpoint>, mut ledger: Ledger) -> Response<ResponseBody> {
-        let outcome = match refused_by(failure.cause) {
+    fn fail(
+        &self,
+        config: &Config,
+        failure: Failure,
+        endpoint: Option<Endpoint>,
+        request_id: Option<HeaderValue>,
+        mut ledger: Ledger,
+    ) -> Response<ResponseBody> {
+        let outcome = match RefusedBy::of(failure.cause) {
             Some(by) => {
                 ledger.refused(by);
                 tracing::debug!(refused_by = by.label(), code = failure.cause.code(), message = %failure, "refused");
@@ -367,31 +451,32 @@ impl Proxy {
         };
         let mut response = failure.response(endpoint).map(|body| ResponseBody::Own(Some(body)));
         add_own_fields(response.headers_mut(), &ledger, Instant::now());
-        if outcome == Outcome::Failed && self.shared.config.retry.max_retries == 0 {
+        if outcome == Outcome::Failed && config.retry.max_retries == 0 {
             // Retrying is left to the client.
             response.headers_mut().remove(&headers::SHOULD_RETRY);
         }
-        ledger.close(outcome);
+        ledger.answers(self.name(response.headers_mut(), request_id), failure.cause.status());
+        ledger.close_with(outcome, failure);
         response
     }
 
     /// Gives the answer the gateway's request id, else the client's, else one of weir's.
-    fn name(&self, mut response: Response<ResponseBody>, of_client: Option<HeaderValue>) -> Response<ResponseBody> {
-        response.headers_mut().entry(&headers::REQUEST_ID).or_insert_with(|| {
+    fn name<'f>(&self, fields: &'f mut HeaderMap, of_client: Option<HeaderValue>) -> &'f HeaderValue {
+        fields.entry(&headers::REQUEST_ID).or_insert_with(|| {
             of_client.unwrap_or_else(|| {
                 let number = self.shared.requests.fetch_add(1, Ordering::Relaxed);
                 let id = ["weir-", &self.shared.instance, "-", itoa::Buffer::new().format(number)].concat();
                 HeaderValue::try_from(id).expect("digits and letters")
             })
-        });
-        response
+        })
     }
 }
 
-/// The label of whose limit refused a request; `None` where something failed.
-fn refused_by(cause: Cause) -> Option<RefusedBy> {
-    let word = cause.refused_by()?;
-    Some(*RefusedBy::ALL.iter().find(|by| by.label() == word).expect("every word of the table is a label"))
+/// For how long the request is still worth an attempt.
+fn time_left(call: &Call<'_>, ledger: &Ledger) -> Duration {
+    let deadline = call.settings.config.timeouts.deadline;
+    let patience = call.patience.unwrap_or(Duration::MAX).min(deadline);
+    patience.saturating_sub(ledger.arrived().elapsed())
 }
 
 /// What is left of a request, and known of it, when its story has ended.

@@ -19,7 +19,6 @@ const KEPT: usize = WINDOW as usize + 1;
 /// First attempts pay in, retries are paid from it.
 #[derive(Debug)]
 pub struct RetryBudget {
-    ratio: f64,
     epoch: Instant,
     /// Guards the counts of the last seconds, each at its number modulo [`KEPT`]; held for a few additions.
     seconds: Mutex<[Second; KEPT]>,
@@ -33,9 +32,9 @@ struct Second {
 }
 
 impl RetryBudget {
-    /// A budget of `ratio` retries for each first attempt.
-    pub fn new(ratio: f64, now: Instant) -> Self {
-        Self { ratio, epoch: now, seconds: Mutex::default() }
+    /// A budget into which nobody has paid yet.
+    pub fn new(now: Instant) -> Self {
+        Self { epoch: now, seconds: Mutex::default() }
     }
 
     /// A request makes its first attempt.
@@ -43,19 +42,15 @@ impl RetryBudget {
         self.with_second(now, |second, _| second.first_attempts = second.first_attempts.saturating_add(1));
     }
 
-    /// Whether there is enough for a retry.
-    pub fn allows(&self, now: Instant) -> bool {
-        self.with_second(now, |_, sums| self.is_within(sums))
-    }
-
-    fn is_within(&self, sums: Second) -> bool {
-        f64::from(sums.retries) + 1.0 <= self.ratio * f64::from(sums.first_attempts) + FLOOR
+    /// Whether there is enough for a retry, where each first attempt pays for `ratio` of them.
+    pub fn allows(&self, ratio: f64, now: Instant) -> bool {
+        self.with_second(now, |_, sums| sums.allows_retry(ratio))
     }
 
     /// Pays for a retry, if there is enough.
-    pub fn withdraw(&self, now: Instant) -> bool {
+    pub fn withdraw(&self, ratio: f64, now: Instant) -> bool {
         self.with_second(now, |second, sums| {
-            let within = self.is_within(sums);
+            let within = sums.allows_retry(ratio);
             second.retries += u32::from(within);
             within
         })
@@ -84,6 +79,12 @@ impl RetryBudget {
     }
 }
 
+impl Second {
+    fn allows_retry(self, ratio: f64) -> bool {
+        f64::from(self.retries) + 1.0 <= ratio * f64::from(self.first_attempts) + FLOOR
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -96,13 +97,13 @@ mod tests {
     #[test]
     fn ten_retries_are_free_and_first_attempts_pay_for_the_rest() {
         let now = Instant::now();
-        let budget = RetryBudget::new(0.2, now);
+        let budget = RetryBudget::new(now);
         for _ in 0..100 {
             budget.deposit(now);
         }
-        assert_eq!((0..1000).filter(|_| budget.withdraw(now)).count(), 20 + 10);
+        assert_eq!((0..1000).filter(|_| budget.withdraw(0.2, now)).count(), 20 + 10);
         let later = now + Duration::from_secs(12);
-        assert_eq!((0..1000).filter(|_| budget.withdraw(later)).count(), 10, "the floor returns with the window");
+        assert_eq!((0..1000).filter(|_| budget.withdraw(0.2, later)).count(), 10, "the floor returns with the window");
     }
 
     #[test]
@@ -110,14 +111,14 @@ mod tests {
         for seed in 0..50 {
             let mut rng = SmallRng::seed_from_u64(seed);
             let start = Instant::now();
-            let budget = RetryBudget::new(0.2, start);
+            let budget = RetryBudget::new(start);
             let (mut firsts, mut retries, mut at) = (Vec::new(), Vec::new(), Duration::ZERO);
             for _ in 0..3000 {
                 at += Duration::from_millis(rng.random_range(0..30));
                 if rng.random_range(0..3) == 0 {
                     budget.deposit(start + at);
                     firsts.push(at);
-                } else if budget.withdraw(start + at) {
+                } else if budget.withdraw(0.2, start + at) {
                     retries.push(at);
                 }
             }

@@ -5,6 +5,7 @@
 
 mod budget;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::StatusCode;
@@ -75,17 +76,30 @@ pub struct Policy {
     max_retries: u32,
     base_delay: Duration,
     max_delay: Duration,
-    budget: RetryBudget,
+    /// Retries that each first attempt pays for.
+    ratio: f64,
+    budget: Arc<RetryBudget>,
 }
 
 impl Policy {
     /// The policy of the configuration, its budget full.
     pub fn new(settings: &config::Retry, now: Instant) -> Self {
+        Self::with(settings, Arc::new(RetryBudget::new(now)))
+    }
+
+    /// The policy of another configuration, which pays from the same budget.
+    #[must_use]
+    pub fn changed_to(&self, settings: &config::Retry) -> Self {
+        Self::with(settings, self.budget.clone())
+    }
+
+    fn with(settings: &config::Retry, budget: Arc<RetryBudget>) -> Self {
         Self {
             max_retries: settings.max_retries,
             base_delay: settings.base_delay,
             max_delay: settings.max_delay,
-            budget: RetryBudget::new(settings.budget, now),
+            ratio: settings.budget,
+            budget,
         }
     }
 
@@ -97,12 +111,12 @@ impl Policy {
     /// Whether the budget allows a retry. One that it does not allow yet waits: that keeps retries from storming as well as giving up,
     /// and loses nothing.
     pub fn allows_retry(&self, now: Instant) -> bool {
-        self.budget.allows(now)
+        self.budget.allows(self.ratio, now)
     }
 
     /// Pays for a retry that is about to be made, if there is enough.
     pub fn pay(&self, now: Instant) -> bool {
-        self.budget.withdraw(now)
+        self.budget.withdraw(self.ratio, now)
     }
 
     /// Judges an attempt. `patience` is the time that the request has left; a longer delay is not worth waiting for.
@@ -273,6 +287,20 @@ mod tests {
         assert!(is_retried(answer(503), FRESH) && !policy.allows_retry(now));
         let later = now + Duration::from_secs(11);
         assert!(policy.allows_retry(later) && policy.pay(later));
+    }
+
+    #[test]
+    fn another_policy_pays_from_the_same_budget() {
+        let (policy, now) = (Policy::new(&Config::default().retry, Instant::now()), Instant::now());
+        while policy.pay(now) {}
+        (0..10).for_each(|_| policy.first_attempt(now));
+        let generous = config::Retry { budget: 1.0, ..Config::default().retry };
+        let generous = policy.changed_to(&generous);
+        assert_eq!(
+            (0..100).filter(|_| generous.pay(now)).count(),
+            10,
+            "with the floor 20, of which ten were paid for before"
+        );
     }
 
     #[test]

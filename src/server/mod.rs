@@ -261,7 +261,7 @@ impl Workers {
     /// # Errors
     /// A thread or its runtime could not be made.
     pub fn start(count: usize, proxy: &Proxy, settings: &config::Server) -> io::Result<Self> {
-        let start = |number| Worker::start(number, Arc::new(proxy.for_another_worker()), settings.clone());
+        let start = |number| Worker::start(number, Arc::new(proxy.for_another_worker()));
         let max_connections = settings.max_connections as usize;
         Ok(Self {
             workers: (0..count.max(1)).map(start).collect::<io::Result<_>>()?,
@@ -331,29 +331,25 @@ fn is_passing(error: &io::Error) -> bool {
 }
 
 impl Worker {
-    fn start(number: usize, proxy: Arc<Proxy>, settings: config::Server) -> io::Result<Self> {
+    fn start(number: usize, proxy: Arc<Proxy>) -> io::Result<Self> {
         let (inbox, accepted) = mpsc::unbounded_channel();
         let open = Arc::new(AtomicUsize::new(0));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
-        let work = work(accepted, proxy, settings, open.clone());
+        let work = work(accepted, proxy, open.clone());
         std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || runtime.block_on(work))?;
         Ok(Self { inbox, open, runtime: handle })
     }
 }
 
 /// Serves every connection that is handed over, each in a task of its own.
-async fn work(
-    mut inbox: mpsc::UnboundedReceiver<Accepted>,
-    proxy: Arc<Proxy>,
-    settings: config::Server,
-    open: Arc<AtomicUsize>,
-) {
+async fn work(mut inbox: mpsc::UnboundedReceiver<Accepted>, proxy: Arc<Proxy>, open: Arc<AtomicUsize>) {
     while let Some(Accepted { stream, peer, drain, permit }) = inbox.recv().await {
-        let (proxy, settings, place) = (proxy.clone(), settings.clone(), Place(open.clone()));
+        // A connection keeps the deadlines that it began with.
+        let (proxy, config, place) = (proxy.clone(), proxy.config(), Place(open.clone()));
         tokio::spawn(async move {
             match prepare(stream) {
-                Ok(stream) => serve_connection(stream, Some(peer), proxy, &settings, drain).await,
+                Ok(stream) => serve_connection(stream, Some(peer), proxy, &config.server, drain).await,
                 Err(error) => tracing::debug!(%error, "a connection was lost on its way"),
             }
             drop((place, permit));

@@ -42,7 +42,6 @@ const STALE_WITHIN: Duration = Duration::from_secs(1);
 pub struct Upstream {
     connector: Connector,
     origin: Uri,
-    connect_timeout: Duration,
     pool: Arc<Pool>,
 }
 
@@ -91,27 +90,27 @@ pub enum SendError {
 impl Upstream {
     /// The gateway of the configuration, reached through `connector`.
     pub fn new(config: &Config, connector: Connector, counts: Arc<ConnectionCounts>) -> Self {
-        Self {
-            connector,
-            origin: config.upstream.base_url.origin(),
-            connect_timeout: config.timeouts.connect,
-            pool: Pool::new(counts),
-        }
+        Self { connector, origin: config.upstream.base_url.origin(), pool: Pool::new(counts) }
     }
 
-    /// A connection that is ready for a request: from the pool, unless `fresh`, else a new one.
+    /// A connection that is ready for a request: from the pool, unless `fresh`, else a new one, made within `timeout`.
     ///
     /// `repeatable` says that the request can be sent again: then a connection will do that the gateway may be about to
     /// close.
     ///
     /// # Errors
-    /// No connection could be made, or not within `timeouts.connect`.
-    pub async fn connection(&self, repeatable: bool, fresh: bool) -> Result<Box<Connection>, SendError> {
+    /// No connection could be made, or not in time.
+    pub async fn connection(
+        &self,
+        repeatable: bool,
+        fresh: bool,
+        timeout: Duration,
+    ) -> Result<Box<Connection>, SendError> {
         let max_idle = if repeatable { MaxIdle::Repeatable } else { MaxIdle::Once };
         let pooled = if fresh { None } else { self.pool.take(max_idle) };
         match pooled {
             Some(pooled) => Ok(pooled),
-            None => self.connect().await,
+            None => self.connect(timeout).await,
         }
     }
 
@@ -141,13 +140,13 @@ impl Upstream {
         }
     }
 
-    async fn connect(&self) -> Result<Box<Connection>, SendError> {
+    async fn connect(&self, timeout: Duration) -> Result<Box<Connection>, SendError> {
         let connecting = async {
             let mut connector = self.connector.clone();
             connector.ready().await?.call(self.origin.clone()).await
         };
-        let connected = tokio::time::timeout(self.connect_timeout, connecting).await;
-        let io = connected.map_err(|_| SendError::ConnectTimeout(self.connect_timeout))?.map_err(SendError::Connect)?;
+        let connected = tokio::time::timeout(timeout, connecting).await;
+        let io = connected.map_err(|_| SendError::ConnectTimeout(timeout))?.map_err(SendError::Connect)?;
         Ok(self.pool.adopt(Wire::new(io)))
     }
 

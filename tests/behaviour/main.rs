@@ -12,6 +12,8 @@ mod held_streams;
 mod learning;
 mod limits;
 mod metering;
+mod recent_errors;
+mod reloads;
 mod retries;
 mod simulation;
 mod steering;

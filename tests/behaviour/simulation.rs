@@ -5,6 +5,8 @@
 //! interrupted in one direction or both, and connections are cut in one direction. What the gateway sees is then not what
 //! weir has done at that time, so limits and budget are checked in the other stories only.
 //!
+//! In every second pair of stories the limits change every few seconds, under those who wait and are under way.
+//!
 //! `WEIR_SEEDS=200 cargo test --test behaviour simulation` runs more seeds, `WEIR_SEED=17` one. A seed tells the same
 //! story each time: backoff is capped at its base, so that even weir's jitter is none.
 
@@ -82,7 +84,8 @@ impl Drop for NameSeed {
 /// What happened, as everyone saw it.
 struct Story {
     world: World,
-    rules: Rules,
+    /// Since when each was in force, the first from the start.
+    rules: Vec<(Instant, Rules)>,
     tape: Arc<Tape>,
     /// The network was bad.
     stormy: bool,
@@ -118,6 +121,11 @@ async fn play(seed: u64, requests_per_client: usize) -> Story {
         })
         .collect();
     drop(shared);
+    let rules = Arc::new(Mutex::new(vec![(world.start, rules)]));
+    let reloads = (seed / 2).is_multiple_of(2).then(|| {
+        let rng = SmallRng::seed_from_u64(seed.wrapping_mul(31));
+        tokio::spawn(change_rules(world.clone(), rules.clone(), rng))
+    });
     let trouble = tokio::spawn(trouble_connections(world.clone(), rng));
     let storm = tokio::spawn(storm(network.clone(), SmallRng::seed_from_u64(!seed)));
     let retries = Arc::new(Mutex::new(Vec::new()));
@@ -128,18 +136,36 @@ async fn play(seed: u64, requests_per_client: usize) -> Story {
         let client = client.unwrap_or_else(|_| panic!("client {number} waits for ever"));
         records.extend(client.expect("a client does not panic"));
     }
+    if let Some(reloads) = reloads {
+        reloads.abort();
+        let changes = rules.lock().expect("nobody panics with it").len();
+        assert!(changes > 3, "a story in which nothing changes proves little");
+    }
     trouble.abort();
     watch.abort();
     storm.abort();
     network.interrupt(&[]);
     tokio::time::sleep(AFTERMATH).await;
     let retries = retries.lock().expect("nobody panics with it").clone();
+    let rules = std::mem::take(&mut *rules.lock().expect("nobody panics with it"));
     Story { world, rules, tape, stormy, requests_per_client, records, retries }
 }
 
 /// Where a client connects from: of each address there are several.
 fn address(client: usize) -> String {
     format!("10.0.0.{}", 1 + client % ADDRESSES)
+}
+
+/// Every few seconds other rules are put in force.
+async fn change_rules(world: World, rules: Arc<Mutex<Vec<(Instant, Rules)>>>, mut rng: SmallRng) {
+    loop {
+        tokio::time::sleep(Duration::from_millis(rng.random_range(200..5000))).await;
+        let mut rules = rules.lock().expect("nobody panics with it");
+        let (_, before) = rules.last().expect("there are rules from the start");
+        let after = before.changed(&mut rng);
+        world.reload(&after.config()).expect("limits can change live");
+        rules.push((Instant::now(), after));
+    }
 }
 
 /// At times a few connections are refused, at times none is made before weir has lost patience.

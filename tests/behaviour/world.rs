@@ -125,9 +125,7 @@ impl Answer {
 impl World {
     /// A weir with this configuration (TOML) before a gateway that follows the script.
     pub fn new(config: &str, script: impl Fn(&Seen) -> Vec<Step> + Send + Sync + 'static) -> Self {
-        let with_upstream = format!("{config}\n[models.\"gpt-4.1-mini\"]\n");
-        let config = if config.contains("[models.\"gpt-4.1-mini\"]") { config } else { &with_upstream };
-        let config = Config::parse(config, &|_| None).unwrap_or_else(|complaints| panic!("{complaints}"));
+        let config = Config::parse(&with_model(config), &|_| None).unwrap_or_else(|complaints| panic!("{complaints}"));
         let gateway = Gateway::new(script);
         let settings = config.server.clone();
         let proxy = Arc::new(Proxy::new(Arc::new(config), gateway.connector()));
@@ -164,6 +162,16 @@ impl World {
         let mut client = self.raw();
         client.write(bytes).await;
         client.answer().await.expect("an answer")
+    }
+
+    /// Puts this configuration in force, in place of the one that the world began with.
+    ///
+    /// # Errors
+    /// Why nothing has changed.
+    pub fn reload(&self, config: &str) -> Result<Vec<String>, String> {
+        let config = Config::parse(&with_model(config), &|_| None).unwrap_or_else(|complaints| panic!("{complaints}"));
+        let changes = self.proxy.reload(config).map_err(|refused| refused.to_string())?;
+        Ok(changes.into_iter().map(|change| change.option).collect())
     }
 
     /// Begins the drain, as SIGTERM does.
@@ -301,6 +309,12 @@ impl World {
     pub fn times(&self) -> Vec<u64> {
         self.gateway.seen().iter().map(|seen| millis(seen.at - self.start)).collect()
     }
+}
+
+/// The configuration, which knows the tests' model by name.
+fn with_model(config: &str) -> String {
+    let known = config.contains("[models.\"gpt-4.1-mini\"]");
+    if known { config.to_owned() } else { format!("{config}\n[models.\"gpt-4.1-mini\"]\n") }
 }
 
 fn millis(time: Duration) -> u64 {

@@ -97,6 +97,20 @@ impl Adaptive {
         }
     }
 
+    /// The same where so many requests are under way already. So many or more to begin with: nothing has refused them.
+    pub fn begun(first: u32, most: u32, under_way: u32) -> Self {
+        let mut adaptive = Self::new(first.max(under_way), most);
+        adaptive.slots.set_in_use(under_way);
+        adaptive
+    }
+
+    /// Changes how many there may ever be. Of those that are taken none is taken back.
+    pub fn set_most(&mut self, most: u32) {
+        self.most = most.max(1);
+        self.before_cuts = self.before_cuts.min(self.most);
+        self.slots.set_limit(self.slots.limit().min(self.most));
+    }
+
     /// The slots as they are now.
     pub fn slots(&self) -> &Slots {
         &self.slots

@@ -166,6 +166,17 @@ impl Pace {
         }
     }
 
+    /// Changes how far the lane may go, and when it is given up. What was learned stays. Where adaptive slots begin only now,
+    /// those under way are counted.
+    pub fn set_rules(&mut self, rules: LaneRules) {
+        self.valve.set_give_up(rules.give_up);
+        match (&mut self.slots, rules.slots) {
+            (slots, None) => *slots = None,
+            (Some(slots), Some((_, most))) => slots.set_most(most),
+            (slots, Some((first, most))) => *slots = Some(Adaptive::begun(first, most, self.in_flight)),
+        }
+    }
+
     /// When a request of that many tokens may pass, if nobody else does; `None` where that depends on what becomes of others.
     pub fn opens_at(&self, tokens: u64, now: Instant) -> Option<Instant> {
         let valve = if self.valve.is_cold() && self.unheard.is_empty() { now } else { self.valve.opens_at()? };

@@ -131,6 +131,11 @@ impl Valve {
         Self { state, opened_at: now, refusal_time, failure_time, probe: 0, refused_probes: 0, trouble: None, give_up }
     }
 
+    /// Changes after how long everyone is refused at once. A failure under way has lasted as long as it has.
+    pub fn set_give_up(&mut self, give_up: Duration) {
+        self.give_up = give_up;
+    }
+
     /// Whether one may pass now.
     pub fn is_open(&self, now: Instant) -> bool {
         match self.opens_at() {

@@ -65,6 +65,11 @@ impl<W> Flow<W> {
     fn is_idle(&self) -> bool {
         self.in_flight == 0 && self.waiters.is_empty()
     }
+
+    /// Every limit on the way, whether it can hold somebody up or not.
+    pub(super) fn way(&self) -> impl Iterator<Item = LimitId> + '_ {
+        self.path.iter().chain(&self.observed).copied()
+    }
 }
 
 impl<W> Queue<W> {
@@ -184,11 +189,8 @@ impl<W> Queue<W> {
     }
 
     fn add_flow(&mut self, of: Tenant, tenant: TenantId, lane: LaneId) -> FlowId {
-        let LaneState { lane: Lane { model, .. }, pace, .. } = self.lanes[lane.0];
-        let of_model = self.of_model.get(&model).into_iter().flatten();
-        let client = if let Tenant::Named(client) = of { self.of_client.get(&client) } else { None };
-        let all = self.global.iter().chain(of_model).chain(client.into_iter().flatten()).copied().chain([pace]);
-        let (path, observed) = all.partition(|id| self.limits[id.0].mode == Mode::Enforce);
+        let model = self.lanes[lane.0].lane.model;
+        let (path, observed) = self.ways_of(of, lane);
         let flow = Flow {
             tenant,
             lane,
@@ -214,6 +216,28 @@ impl<W> Queue<W> {
         self.lanes[lane.0].flows += 1;
         self.tenants.share_mut(tenant).flows += 1;
         id
+    }
+
+    /// The limits that such a tenant's requests in this lane have to pass, and those that only count them.
+    fn ways_of(&self, tenant: Tenant, lane: LaneId) -> (Vec<LimitId>, Vec<LimitId>) {
+        let LaneState { lane: Lane { model, .. }, pace, .. } = self.lanes[lane.0];
+        let of_model = self.of_model.get(&model).into_iter().flatten();
+        let client = if let Tenant::Named(client) = tenant { self.of_client.get(&client) } else { None };
+        let all = self.global.iter().chain(of_model).chain(client.into_iter().flatten()).copied().chain([pace]);
+        all.partition(|id| self.limits[id.0].mode == Mode::Enforce)
+    }
+
+    /// The same for a flow that is there, as it would be made now.
+    pub(super) fn ways_now(&self, id: FlowId) -> (Vec<LimitId>, Vec<LimitId>) {
+        let Flow { tenant, lane, .. } = self.flows[id.0];
+        self.ways_of(self.tenants.share(tenant).tenant, lane)
+    }
+
+    /// The paces of all lanes, in an order that does not depend on hashes.
+    pub(super) fn paces(&self) -> Vec<LimitId> {
+        let mut paces: Vec<LimitId> = self.of_lane.values().map(|lane| self.lanes[lane.0].pace).collect();
+        paces.sort_unstable();
+        paces
     }
 
     /// Forgets what is idle, when there is much.
@@ -264,7 +288,7 @@ impl<W> Queue<W> {
     }
 
     fn tightest_slots(&self, flow: &Flow<W>) -> Option<u32> {
-        let limits = flow.path.iter().chain(&flow.observed).map(|id| &self.limits[id.0]);
+        let limits = flow.way().map(|id| &self.limits[id.0]);
         let of_everyone = limits.filter(|limit| !matches!(limit.scope, Scope::Client(_)));
         let numbers = of_everyone.filter_map(|limit| match &limit.measure {
             Measure::Concurrency(slots) => Some(slots.limit()),

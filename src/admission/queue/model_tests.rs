@@ -63,6 +63,9 @@ struct History {
     temper: Temper,
     telling: Telling,
     largest: u64,
+    clients: Clients,
+    /// First attempts that may wait: `max_waiting`, or as many as waited already when that became less.
+    most_waiting: usize,
 }
 
 impl History {
@@ -94,7 +97,8 @@ impl History {
         let largest = [200, 2000, 400_000][rng.random_range(0..3)];
         let temper = TEMPERS[rng.random_range(0..4)];
         let (facts, heard, ended) = (BTreeMap::new(), BTreeSet::new(), Vec::new());
-        Self { rng, world, tenants, facts, heard, ended, temper, telling, largest }
+        let most_waiting = world.queue.rules.max_waiting;
+        Self { rng, world, tenants, facts, heard, ended, temper, telling, largest, clients, most_waiting }
     }
 
     fn step(&mut self) {
@@ -110,7 +114,8 @@ impl History {
                 let time = millis(self.rng.random_range(0..1000));
                 self.world.pass(time);
             }
-            90..92 => self.change_limit(),
+            90 => self.change_limit(),
+            91 => self.reload(),
             92..96 => {
                 // The timekeeper is late: several things are due at once.
                 self.world.now += millis(self.rng.random_range(0..3000));
@@ -239,6 +244,36 @@ impl History {
         self.world.pump();
     }
 
+    /// Every limit becomes another, goes, or comes, for everyone who waits and is under way.
+    fn reload(&mut self) {
+        let Self { rng, world, clients, .. } = self;
+        let now = world.now;
+        let table = |rng: &mut SmallRng, name: &str| Table {
+            name: name.into(),
+            mode: mode(rng),
+            // A table may have no limits at all.
+            measures: if rng.random_bool(0.8) { measures(rng, now) } else { Vec::new() },
+        };
+        let models = MODELS.map(|name| (world.models.find(name), table(rng, name))).into_iter().collect();
+        let mut of_clients = Vec::new();
+        for id in clients.ids() {
+            let weight = Weight::new([0.1, 1.0, 5.0][rng.random_range(0..3)]).expect("a weight");
+            let client = (id, weight, table(rng, clients.name(id)));
+            // Some are no clients any more.
+            of_clients.extend(rng.random_bool(0.8).then_some(client));
+        }
+        let rules =
+            Rules { max_waiting: [3, 20, 100_000][rng.random_range(0..3)], lane: lane_rules(rng), mode: mode(rng) };
+        let global = measures(rng, now);
+        world.queue.reload(NewLimits { rules, global, models, clients: of_clients }, now);
+        self.most_waiting = rules.max_waiting.max(self.first_attempts_waiting());
+        self.world.pump();
+    }
+
+    fn first_attempts_waiting(&self) -> usize {
+        self.world.tickets.keys().filter(|request| !self.facts[request].again).count()
+    }
+
     fn leave(&mut self) {
         if let Some(request) = pick(&mut self.rng, self.world.tickets.keys()) {
             self.world.leave(request);
@@ -271,20 +306,30 @@ impl History {
         assert_eq!((queue.waiting, queue.reserved_tokens(), queue.next_timer()), (0, 0, None));
     }
 
-    fn check(&self) {
+    fn check(&mut self) {
+        self.check_queue();
+        let first_attempts = self.first_attempts_waiting();
+        assert!(first_attempts <= self.most_waiting, "only retries pass max_waiting");
+        self.most_waiting = first_attempts.max(self.world.queue.rules.max_waiting);
+    }
+
+    fn check_queue(&self) {
         let World { queue, tickets, .. } = &self.world;
         assert!(queue.ready.is_empty() && queue.opened.is_empty(), "between two pumps everyone stands somewhere");
         self.check_flows();
         self.check_tenants();
-        (0..queue.limits.len()).map(LimitId).for_each(|id| self.check_limit(id));
+        let in_use = |id: &LimitId| !queue.free_limits.contains(id);
+        (0..queue.limits.len()).map(LimitId).filter(in_use).for_each(|id| self.check_limit(id));
+        assert!(
+            queue.free_limits.iter().all(|id| queue.limits[id.0].line.is_empty()),
+            "nobody waits for what is no more"
+        );
         let timers: BTreeSet<(Instant, LimitId)> =
             queue.limits.iter().zip(0..).filter_map(|(limit, id)| Some((limit.timer?, LimitId(id)))).collect();
         assert_eq!(queue.timers, timers);
         for (request, ticket) in tickets {
             assert!(queue.flows[ticket.flow.0].waiters.contains_key(&Rank(*request)), "{request} has a place");
         }
-        let retries = tickets.keys().filter(|request| self.facts[request].again).count();
-        assert!(queue.waiting <= queue.rules.max_waiting + retries, "only retries pass max_waiting");
     }
 
     fn check_flows(&self) {
@@ -421,8 +466,13 @@ impl History {
             Measure::Pace(pace) => pace.in_flight(),
             Measure::Requests(_) | Measure::Tokens(_) => return,
         };
-        let holding =
-            grants.values().filter(|grant| path_of(&queue.flows[grant.flow.0], grant).any(|id| id == at)).count();
+        let holding = grants.values().filter(|grant| {
+            let passed = queue.flows[grant.flow.0].way().any(|id| id == at);
+            // Who holds others up counts everyone; who observes, those that it would not have refused.
+            let limit = &queue.limits[at.0];
+            passed && (limit.mode == Mode::Enforce || limit.has_counted(grant.charge, grant.counted))
+        });
+        let holding = holding.count();
         assert_eq!(in_use as usize, holding);
     }
 }

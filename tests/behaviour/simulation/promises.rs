@@ -86,14 +86,15 @@ impl Story {
         }
     }
 
-    /// What a bucket holds, as the rules say.
+    /// What a bucket holds, as the last rules say.
     fn burst_of(&self, scope: &str, name: &str, unit: &str) -> Option<u64> {
-        let of_model = || MODELS.iter().zip(self.rules.models).find(|(model, _)| **model == name).map(|(_, own)| own);
-        let of_client = || match &self.rules.tenants {
+        let (_, rules) = self.rules.last().expect("there are rules from the start");
+        let of_model = || MODELS.iter().zip(rules.models).find(|(model, _)| **model == name).map(|(_, own)| own);
+        let of_client = || match &rules.tenants {
             Tenants::Named(clients) => NAMES.iter().zip(clients).find(|(it, _)| **it == name).map(|(_, (_, own))| *own),
             Tenants::Keys | Tenants::Addresses => None,
         };
-        let Rules { requests, tokens, slots, .. } = self.rules;
+        let Rules { requests, tokens, slots, .. } = *rules;
         let own = match scope {
             "global" => Some(Own { requests, tokens, slots }),
             "model" => of_model(),
@@ -171,24 +172,34 @@ impl Story {
             }
             times
         };
-        check_slots(&spans, self.rules.slots.map(|slots| slots as usize));
-        check_rate(&charged(&|_| true), self.rules.requests);
-        for (name, Own { requests, slots, .. }) in MODELS.iter().zip(self.rules.models) {
-            check_slots(&spans_of(&|it| it.model == *name), slots.map(|slots| slots as usize));
-            let lane_slots = self.rules.slots.is_none().then_some(LANE_SLOTS);
-            match self.rules.tenants {
+        let slots = |slots: Option<u32>| slots.map(|slots| slots as usize);
+        check_slots(&spans, &self.over_time(|rules| slots(rules.slots)));
+        check_rate(&charged(&|_| true), &self.over_time(|rules| rules.requests));
+        let lane_slots = self.over_time(|rules| rules.slots.is_none().then_some(LANE_SLOTS));
+        for (index, name) in MODELS.iter().enumerate() {
+            let own = |rules: &Rules| rules.models.get(index).copied().unwrap_or_default();
+            check_slots(&spans_of(&|it| it.model == *name), &self.over_time(|rules| slots(own(rules).slots)));
+            check_rate(&charged(&|it| it.model == *name), &self.over_time(|rules| own(rules).requests));
+            match self.rules[0].1.tenants {
                 Tenants::Keys => NAMES.iter().chain([&STRANGER]).for_each(|key| {
-                    check_slots(&spans_of(&|it| it.model == *name && it.client == *key), lane_slots);
+                    check_slots(&spans_of(&|it| it.model == *name && it.client == *key), &lane_slots);
                 }),
-                _ => check_slots(&spans_of(&|it| it.model == *name), lane_slots),
+                _ => check_slots(&spans_of(&|it| it.model == *name), &lane_slots),
             }
-            check_rate(&charged(&|it| it.model == *name), requests);
         }
-        let Tenants::Named(clients) = &self.rules.tenants else { return };
-        for (name, (_, Own { requests, slots, .. })) in NAMES.iter().zip(clients) {
-            check_slots(&spans_of(&|it| it.client == *name), slots.map(|slots| slots as usize));
-            check_rate(&charged(&|it| it.client == *name), *requests);
+        for (index, name) in NAMES.iter().enumerate() {
+            let own = |rules: &Rules| match &rules.tenants {
+                Tenants::Named(clients) => clients[index].1,
+                Tenants::Keys | Tenants::Addresses => Own::default(),
+            };
+            check_slots(&spans_of(&|it| it.client == *name), &self.over_time(|rules| slots(own(rules).slots)));
+            check_rate(&charged(&|it| it.client == *name), &self.over_time(|rules| own(rules).requests));
         }
+    }
+
+    /// What one limit was, since when.
+    fn over_time<T>(&self, limit: impl Fn(&Rules) -> Option<T>) -> Vec<(Instant, Option<T>)> {
+        self.rules.iter().map(|(since, rules)| (*since, limit(rules))).collect()
     }
 }
 
@@ -309,30 +320,54 @@ impl Span {
     }
 }
 
-/// At no time are more under way than there are slots. What ends in the moment in which another begins makes room for it.
-fn check_slots(spans: &[Span], slots: Option<usize>) {
-    let Some(slots) = slots else { return };
+/// Nobody begins while as many are under way as there are slots. What ends in the moment in which another begins makes room
+/// for it.
+fn check_slots(spans: &[Span], slots: &[(Instant, Option<usize>)]) {
     // `false` sorts first: ends before beginnings.
     let mut changes: Vec<(Instant, bool)> = spans.iter().flat_map(|it| [(it.from, true), (it.to, false)]).collect();
     changes.sort_unstable();
     let mut under_way = 0i64;
-    for (_, begins) in changes {
-        under_way += if begins { 1 } else { -1 };
-        assert!(under_way <= slots as i64, "{under_way} under way, {slots} slots");
+    for (at, begins) in changes {
+        if !begins {
+            under_way -= 1;
+            continue;
+        }
+        under_way += 1;
+        // In the moment of a change it may have begun before it or after.
+        let in_force = |(index, (since, _)): &(usize, &(Instant, Option<usize>))| {
+            *since <= at && slots.get(index + 1).is_none_or(|(until, _)| at <= *until)
+        };
+        let most = slots.iter().enumerate().filter(in_force).map(|(_, (_, slots))| slots.unwrap_or(usize::MAX)).max();
+        assert!(
+            most.is_some_and(|most| under_way <= i64::try_from(most).unwrap_or(i64::MAX)),
+            "{under_way} under way, {most:?} slots"
+        );
     }
 }
 
-/// In no window do more begin than the burst and the rate allow: of all windows that end with a request, `excess` is the
-/// largest number of seconds by which those in it are ahead of the rate.
-fn check_rate(times: &[Instant], requests: Option<Rate>) {
+/// In no window do more begin than the largest burst and the rates allow: of all windows that end with a request, `excess` is
+/// the largest number of those in it beyond what the rates gave. A limit that is new begins with a full burst.
+fn check_rate(times: &[Instant], limits: &[(Instant, Option<Rate>)]) {
     const TIMER_SLACK: f64 = 0.002;
-    let Some(Rate { per_second, burst }) = requests else { return };
-    let interval = 1.0 / f64::from(per_second);
-    let allowed = f64::from(burst) * interval + TIMER_SLACK;
-    let (mut excess, mut last) = (0.0, times.first().copied());
+    let rates = limits.iter().filter_map(|(_, rate)| *rate);
+    let fastest = rates.clone().map(|rate| rate.per_second).max().unwrap_or_default();
+    let largest = rates.map(|rate| rate.burst).max().unwrap_or_default();
+    let allowed = f64::from(largest) + TIMER_SLACK * f64::from(fastest) + 1e-6;
+    let (mut excess, mut last, mut in_force) = (0.0, limits[0].0, limits[0].1);
+    let pass = |excess: f64, in_force: Option<Rate>, time: Duration| {
+        let given = in_force.map_or(f64::INFINITY, |rate| f64::from(rate.per_second) * time.as_secs_f64());
+        f64::max(excess - given, 0.0)
+    };
+    let mut limits = limits[1..].iter().peekable();
     for at in times {
-        let passed = (*at - last.replace(*at).expect("there is a first")).as_secs_f64();
-        excess = f64::max(excess - passed, 0.0) + interval;
-        assert!(excess <= allowed + 1e-6, "{excess} s ahead of {per_second} a second, {allowed} s allowed");
+        while let Some((since, rate)) = limits.next_if(|(since, _)| since < at) {
+            (excess, last, in_force) = (pass(excess, in_force, *since - last), *since, *rate);
+        }
+        // In the moment in which a limit goes, it may have held this one up or not.
+        let goes_now = limits.peek().is_some_and(|(since, rate)| since == at && rate.is_none());
+        in_force = in_force.filter(|_| !goes_now);
+        excess = pass(excess, in_force, *at - last) + 1.0;
+        last = *at;
+        assert!(in_force.is_none() || excess <= allowed, "{excess} ahead of the rates, {allowed} allowed");
     }
 }

@@ -110,6 +110,19 @@ impl Rules {
         }
     }
 
+    /// Others, in which clients are told apart as before.
+    pub fn changed(&self, rng: &mut SmallRng) -> Self {
+        let others = Self::random(rng);
+        let tenants = match &self.tenants {
+            Tenants::Keys => Tenants::Keys,
+            Tenants::Addresses => Tenants::Addresses,
+            Tenants::Named(_) => {
+                Tenants::Named([(); CLIENTS.len()].map(|()| (rng.random_range(1..5), Own::random(rng))))
+            }
+        };
+        Self { tenants, ..others }
+    }
+
     /// As a configuration file.
     pub fn config(&self) -> String {
         let concurrency = self.slots.map_or("\"adaptive\"".to_owned(), |slots| slots.to_string());

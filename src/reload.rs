@@ -1,0 +1,182 @@
+//! Another configuration for a weir that runs: read, checked as a whole, and put in force whole or not at all.
+//!
+//! What cannot change live (`config::change::NEEDS_RESTART`) is a reason to refuse all of it: so after a reload that was
+//! applied, what is in force is what the file says, every option of it; and after one that was not, nothing has changed.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::SystemTime;
+
+use tokio::sync::{Mutex, oneshot};
+
+use crate::config::change::Change;
+use crate::config::{Complaints, Config};
+use crate::metrics::ReloadResult;
+use crate::proxy::{CannotChange, Proxy};
+
+/// Is told of each configuration that has come into force.
+pub type OnApplied = Box<dyn Fn(&Config) + Send + Sync>;
+
+/// Where other configurations come from, and who else has to know of them.
+#[derive(Default)]
+pub struct Source {
+    /// The file that is read anew; `None` where weir was given none.
+    pub file: Option<PathBuf>,
+    /// For what is not the proxy's: the log's level.
+    pub on_applied: Option<OnApplied>,
+}
+
+/// Puts other configurations in force, one at a time.
+pub struct Reloader {
+    proxy: Proxy,
+    source: Source,
+    /// Held from before the file is read until what it says is in force.
+    turn: Arc<Mutex<()>>,
+    stopping: AtomicBool,
+}
+
+/// What has changed by a reload.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    pub changes: Vec<Change>,
+}
+
+/// Why nothing was changed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NotReloaded {
+    /// weir was started without a file.
+    NoFile,
+    /// It is about to stop.
+    Stopping,
+    /// The file, and all that is wrong with it.
+    Invalid(PathBuf, Complaints),
+    /// It is right, but cannot come into force while weir runs.
+    CannotChange(CannotChange),
+}
+
+impl Reloader {
+    /// For this proxy, with configurations from there.
+    pub fn new(proxy: Proxy, source: Source) -> Arc<Self> {
+        Arc::new(Self { proxy, source, turn: Arc::default(), stopping: AtomicBool::new(false) })
+    }
+
+    /// From now on nothing is reloaded any more.
+    pub fn stop(&self) {
+        self.stopping.store(true, Ordering::Release);
+    }
+
+    /// Reads the file anew and puts what it says in force. Waits for a reload that is under way.
+    ///
+    /// Dropped before the file was read, nothing is changed.
+    ///
+    /// # Errors
+    /// Why nothing was changed.
+    pub async fn reload_file(&self) -> Result<Report, NotReloaded> {
+        let outcome = match &self.source.file {
+            Some(file) => self.load_and_apply(file.clone()).await,
+            None => Err(NotReloaded::NoFile),
+        };
+        self.record(&outcome);
+        outcome
+    }
+
+    /// Puts this configuration in force.
+    ///
+    /// # Errors
+    /// Why nothing was changed.
+    pub fn reload(&self, config: Config) -> Result<Report, NotReloaded> {
+        let outcome = self.apply(config);
+        self.record(&outcome);
+        outcome
+    }
+
+    async fn load_and_apply(&self, file: PathBuf) -> Result<Report, NotReloaded> {
+        let turn = self.turn.clone().lock_owned().await;
+        let (tell, told) = oneshot::channel();
+        // A thread of its own: a disk that hangs holds up neither those who wait for a refill nor the process' end. It keeps the
+        // turn, so that there is one such thread at most.
+        let from = file.clone();
+        let load = move || {
+            // Whoever asked may have gone.
+            let _ = tell.send((Config::load(&from), turn));
+        };
+        let reading = std::thread::Builder::new().name("reload".to_owned()).spawn(load);
+        let unread = |why: String| {
+            let complaint = crate::config::Complaint { line: None, path: String::new(), message: why };
+            NotReloaded::Invalid(file.clone(), Complaints(vec![complaint]))
+        };
+        reading.map_err(|error| unread(format!("cannot start a thread to read it: {error}")))?;
+        let (loaded, _turn) = told.await.map_err(|_| unread("reading it was broken off".to_owned()))?;
+        let config = loaded.map_err(|complaints| NotReloaded::Invalid(file.clone(), complaints))?;
+        self.apply(config)
+    }
+
+    fn apply(&self, config: Config) -> Result<Report, NotReloaded> {
+        if self.stopping.load(Ordering::Acquire) {
+            return Err(NotReloaded::Stopping);
+        }
+        let changes = self.proxy.reload(config).map_err(NotReloaded::CannotChange)?;
+        if let Some(on_applied) = &self.source.on_applied {
+            on_applied(&self.proxy.config());
+        }
+        Ok(Report { changes })
+    }
+
+    /// Counts a reload, and tells the operator of it.
+    fn record(&self, outcome: &Result<Report, NotReloaded>) {
+        let result = match outcome {
+            Ok(_) => ReloadResult::Applied,
+            Err(_) => ReloadResult::Refused,
+        };
+        self.proxy.metrics().reload(result, SystemTime::now());
+        match outcome {
+            Ok(Report { changes }) => {
+                for change in changes {
+                    tracing::info!(option = change.option, "reload: {change}");
+                }
+                tracing::info!(changes = changes.len(), "the configuration was reloaded");
+            }
+            Err(NotReloaded::Invalid(file, Complaints(complaints))) => {
+                for complaint in complaints {
+                    tracing::error!(file = %file.display(), line = complaint.line, "reload: {complaint}");
+                }
+                tracing::error!(
+                    complaints = complaints.len(),
+                    "the configuration was not reloaded: nothing has changed"
+                );
+            }
+            Err(refused) => tracing::error!("the configuration was not reloaded: {refused}"),
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.changes.len() {
+            0 => writeln!(f, "reloaded; nothing is different"),
+            1 => writeln!(f, "reloaded; one option is different:"),
+            several => writeln!(f, "reloaded; {several} options are different:"),
+        }?;
+        self.changes.iter().try_for_each(|change| writeln!(f, "  {change}"))
+    }
+}
+
+impl fmt::Display for NotReloaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoFile => f.write_str(
+                "weir was started without a file; start it with --config FILE to reload that. Nothing has changed",
+            ),
+            Self::Stopping => f.write_str("weir is about to stop. Nothing has changed"),
+            Self::Invalid(file, Complaints(complaints)) => {
+                write!(f, "{} cannot be used, and nothing has changed:", file.display())?;
+                complaints.iter().try_for_each(|complaint| write!(f, "\n  {complaint}"))
+            }
+            Self::CannotChange(why) => write!(f, "{why}. Nothing has changed"),
+        }
+    }
+}
+
+impl std::error::Error for NotReloaded {}
