@@ -452,6 +452,14 @@ ITSELF = [
         colors={"applied": "green", "refused": "red"},
     ),
     Panel(
+        "Configuration",
+        "How long the configuration in force has been, and whether it is the last one given: 1, or 0 where that was refused.",
+        (f"time() - weir_config_last_reload_success_timestamp_seconds{{{WEIR}}}", "{{instance}}: age"),
+        (f"weir_config_last_reload_successful{{{WEIR}}}", "{{instance}}: is the last"),
+        unit="s",
+        kind="bargauge",
+    ),
+    Panel(
         "Lost",
         "Lines of the access log that were not written, and TLS handshakes that came to nothing, a second.",
         (rate("weir_access_log_dropped_total", WEIR), "log lines"),

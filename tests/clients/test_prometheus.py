@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -37,7 +38,7 @@ GRAFANA = ROOT / "deploy/grafana"
 
 # What stays at nothing in the traffic below, though it is there. Everything else has to show something. (CPU time is
 # told in whole seconds.)
-QUIET = {"CPU", "Guards", "Lost", "Reloads"}
+QUIET = {"CPU", "Guards", "Lost"}
 
 
 def dashboard_maker() -> ModuleType:
@@ -133,6 +134,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             chats(held, "any", "cold", 1, cool)
             chats(held, "any", "broken", 3, "fail")
             too_long(held)
+            reload(held)
             until_scraped(world)
         hold_up(held, stack)
         until_scraped(world)
@@ -180,6 +182,12 @@ def chats(weir: Weir, key: str, model: str, count: int, prompt: str = "hello") -
 
 def too_long(weir: Weir) -> None:
     chats(weir, "any", "cold", 1, "x" * 2000)
+
+
+def reload(weir: Weir) -> None:
+    before = weir.metric("weir_reloads_total", result="applied")
+    weir.process.child.send_signal(signal.SIGHUP)
+    wait_until("it has reloaded", lambda: weir.metric("weir_reloads_total", result="applied") == before + 1)
 
 
 def hold_up(weir: Weir, stack: ExitStack) -> None:
