@@ -21,6 +21,17 @@ const HOMES: [(&str, &[&str]); 9] = [
     ("toml", &["src/config/"]),
 ];
 
+/// What the `prometheus` crate tells of the process by itself.
+const PROCESS_METRICS: [&str; 7] = [
+    "process_cpu_seconds_total",
+    "process_max_fds",
+    "process_open_fds",
+    "process_resident_memory_bytes",
+    "process_start_time_seconds",
+    "process_threads",
+    "process_virtual_memory_bytes",
+];
+
 /// The simulator measures the proxy, so it shares no code with it but the units.
 const SIMULATOR_MAY_IMPORT: [&str; 2] = ["config", "simulator"];
 
@@ -77,18 +88,33 @@ fn nothing_is_unwrapped_outside_tests() {
 
 #[test]
 fn the_documents_name_only_metrics_that_exist() {
-    let exist = metric_names(&read("src/metrics/text.rs"));
+    let mut exist = metric_names(&read("src/metrics/text.rs"));
+    exist.extend(PROCESS_METRICS.map(str::to_owned));
+    exist.extend(files("deploy", ".rules.yml").iter().flat_map(|path| recorded(&read(path))));
     let suffixes = ["_bucket", "_sum", "_count"];
     let is_known = |name: &str| {
         exist.contains(name) || suffixes.iter().filter_map(|it| name.strip_suffix(it)).any(|base| exist.contains(base))
     };
     let mut wrong = Vec::new();
-    let documents = [".md", ".yml", ".yaml", ".service", ".toml"].iter().flat_map(|ending| files(".", ending));
+    let documents = [".md", ".yml", ".yaml", ".json", ".service", ".toml"].iter().flat_map(|ending| files(".", ending));
     for path in documents {
         let unknown = metric_names(&read(&path)).into_iter().filter(|name| !is_known(name));
         wrong.extend(unknown.map(|name| format!("{path}: there is no metric {name}")));
     }
-    assert_none(&wrong, "src/metrics/text.rs has every metric");
+    assert_none(&wrong, "src/metrics/text.rs has every metric, deploy/prometheus every recording rule");
+}
+
+#[test]
+fn a_metric_that_does_not_exist_is_seen_wherever_it_stands() {
+    let names = |text| metric_names(text).into_iter().collect::<Vec<_>>();
+    assert_eq!(names(r#""expr": "sum(rate(weir_a_total{job=\"x\"}[5m]))""#), ["weir_a_total"]);
+    assert_eq!(names("expr: job:weir_a:rate5m / weir_b"), ["job:weir_a:rate5m", "weir_b"]);
+    assert_eq!(
+        names("process_open_fds: and `weir_c`: weir_ rightful weir_d_2."),
+        ["process_open_fds", "weir_c", "weir_d_2"]
+    );
+    assert_eq!(names("my_weir_e post_process_f weir-g"), [""; 0]);
+    assert_eq!(recorded("- record: job:weir_a:rate5m\n  expr: job:weir_b:rate5m"), ["job:weir_a:rate5m"]);
 }
 
 /// A source file, by its path.
@@ -127,9 +153,18 @@ fn uses_crate(line: &str, name: &str) -> bool {
     })
 }
 
+/// Every word that is spelled as a metric of weir's, of its process, or as a recording rule made of these
+/// (`level:metric:operation`).
 fn metric_names(text: &str) -> BTreeSet<String> {
-    let words = text.split(|c: char| !(c.is_ascii_lowercase() || c == '_'));
-    words.filter(|word| word.starts_with("weir_") && !word.ends_with('_')).map(str::to_owned).collect()
+    let words = text.split(|c: char| !(c.is_ascii_lowercase() || c.is_ascii_digit() || matches!(c, '_' | ':')));
+    let is_metric = |word: &str| (word.starts_with("weir_") || word.starts_with("process_")) && !word.ends_with('_');
+    let words = words.map(|word| word.trim_matches(':'));
+    words.filter(|word| word.split(':').any(is_metric)).map(str::to_owned).collect()
+}
+
+/// The names that recording rules give.
+fn recorded(rules: &str) -> Vec<String> {
+    rules.lines().filter_map(|line| line.trim().strip_prefix("- record: ")).map(str::to_owned).collect()
 }
 
 fn read(path: &str) -> String {

@@ -14,6 +14,7 @@ import subprocess
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -73,13 +74,13 @@ def get(url: str) -> tuple[int, str]:
 class Process:
     """A child process whose output is read as it comes and shown when the test fails."""
 
-    def __init__(self, *arguments: str | Path, good_ends: tuple[int, ...] = (0,)):
-        assert WEIR.is_file(), f"{WEIR} is missing: cargo build --release"
-        self.name = f"weir {arguments[0]}"
+    def __init__(self, *arguments: str | Path, good_ends: tuple[int, ...] = (0,), program: str | Path = WEIR):
+        assert Path(program).is_file(), f"{program} is missing: cargo build --release"
+        self.name = f"{Path(program).name} {arguments[0]}"
         self.good_ends = good_ends
         self.log: list[str] = []
         self.child = subprocess.Popen(
-            [WEIR, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+            [program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
         )
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
@@ -172,6 +173,26 @@ class Simulator:
         wait_until("the simulator has nothing in flight", lambda: self.stats()["in_flight"] == 0)
 
 
+@dataclass
+class Prometheus:
+    """A running Prometheus."""
+
+    url: str
+    process: Process
+
+    def api(self, path: str, **parameters: str) -> Any:
+        """What /api/v1/`path` answers."""
+        status, text = get(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters, doseq=True)}")
+        assert status == 200, f"{path} {parameters}: {status}\n{text}"
+        return json.loads(text)["data"]
+
+    def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
+        """The labels and the value of each series, now."""
+        data = self.api("query", query=expression)
+        assert data["resultType"] == "vector", f"{expression} is a {data['resultType']}"
+        return [(series["metric"], float(series["value"][1])) for series in data["result"]]
+
+
 def samples(exposition: str) -> Iterator[Sample]:
     for line in exposition.splitlines():
         if match := re.fullmatch(r"([a-z_:][a-z0-9_:]*)(?:\{(.*)\})? (\S+)", line, re.IGNORECASE):
@@ -238,6 +259,27 @@ def running_simulator(*arguments: str) -> Iterator[Simulator]:
         welcome = re.compile(r"http://127\.0\.0\.1:\d+/v1")
         address = process.wait_until("it says where it listens", lambda: welcome.search("\n".join(process.log)))
         yield Simulator(address.group(), process)
+    finally:
+        process.end()
+
+
+@contextmanager
+def running_prometheus(directory: Path, config: dict[str, Any]) -> Iterator[Prometheus]:
+    """Prometheus with this configuration (JSON is YAML too), on a port the system chose."""
+    file = directory / "prometheus.yml"
+    file.write_text(json.dumps(config), encoding="utf-8")
+    process = Process(
+        f"--config.file={file}",
+        f"--storage.tsdb.path={directory / 'data'}",
+        "--web.listen-address=127.0.0.1:0",
+        program=tool("prometheus"),
+    )
+    try:
+        says = re.compile(r'msg="Listening on" address=(127\.0\.0\.1:\d+)')
+        address = process.wait_until("it says where it listens", lambda: says.search("\n".join(process.log)))
+        prometheus = Prometheus(f"http://{address.group(1)}", process)
+        process.wait_until("/-/ready", lambda: get(f"{prometheus.url}/-/ready")[0] == 200)
+        yield prometheus
     finally:
         process.end()
 
