@@ -460,6 +460,11 @@ ITSELF = [
         kind="bargauge",
     ),
     Panel(
+        "Stopping",
+        "1 from the signal to stop on. It serves on for server.lame_duck, then what has begun may end for server.drain.",
+        (f"weir_draining{{{WEIR}}}", "{{instance}}"),
+    ),
+    Panel(
         "Lost",
         "Lines of the access log that were not written, and TLS handshakes that came to nothing, a second.",
         (rate("weir_access_log_dropped_total", WEIR), "log lines"),

@@ -38,7 +38,7 @@ GRAFANA = ROOT / "deploy/grafana"
 
 # What stays at nothing in the traffic below, though it is there. Everything else has to show something. (CPU time is
 # told in whole seconds.)
-QUIET = {"CPU", "Guards", "Lost"}
+QUIET = {"CPU", "Guards", "Lost", "Stopping"}
 
 
 def dashboard_maker() -> ModuleType:
