@@ -354,6 +354,19 @@ LIMITS = [
         (f"max by (model) (weir_cooldown_seconds{{{MODEL}}})", "{{model}}"),
         unit="s",
     ),
+    Panel(
+        "Learned quotas",
+        "What weir has learned of the gateway's quotas, a minute: told by its headers, or inferred from its refusals. Absent "
+        "while nothing is known, which is as it should be where nothing is refused.",
+        (f"60 * sum by (model, source) (weir_learned_requests_per_second{{{MODEL}}})", "{{model}}: requests, {{source}}"),
+        (f"60 * sum by (model) (weir_learned_tokens_per_second{{{MODEL}}})", "{{model}}: tokens"),
+    ),
+    Panel(
+        "Breaker",
+        "1 while the gateway fails: it is tried once a second, and the others wait, until they are refused.",
+        (f"max by (model) (weir_breaker_open{{{MODEL}}})", "{{model}}"),
+        most=1,
+    ),
 ]
 
 CLIENTS = [
@@ -458,6 +471,11 @@ ITSELF = [
         (f"weir_config_last_reload_successful{{{WEIR}}}", "{{instance}}: is the last"),
         unit="s",
         kind="bargauge",
+    ),
+    Panel(
+        "Stopping",
+        "1 from the signal to stop on. It serves on for server.lame_duck, then what has begun may end for server.drain.",
+        (f"weir_draining{{{WEIR}}}", "{{instance}}"),
     ),
     Panel(
         "Lost",

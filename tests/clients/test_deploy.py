@@ -313,12 +313,18 @@ def setting(unit: str, name: str) -> str:
     return value
 
 
-def test_systemd_gives_weir_the_time_to_stop_and_the_files_it_needs(tmp_path):
+def test_the_units_agree_with_the_configuration(tmp_path):
     config = Config("systemd", (UNITS / "config.toml").read_text(encoding="utf-8"))
     checked = config.checked(tmp_path)
     assert seconds(setting("weir.service", "TimeoutStopSec")) >= time_to_stop(checked) + MARGIN
     # A connection from a client and one to the gateway, for each.
     assert int(setting("weir.service", "LimitNOFILE")) > 2 * checked["server"]["max_connections"]
     assert setting("weir.service", "LimitCORE") == "0"
+    # The sockets stand in place of what the configuration says.
+    for unit, option, name in [("weir.socket", "listen", "listen"), ("weir-admin.socket", "admin_listen", "admin")]:
+        address = checked["server"][option]
+        assert setting(unit, "ListenStream") in address
+        assert setting(unit, "FileDescriptorName") == name
+        assert setting(unit, "Service") == "weir.service"
     credential = setting("weir.service", "LoadCredential").split(":")[0]
     assert f'"file:/run/credentials/weir.service/{credential}"' in config.text
