@@ -235,6 +235,7 @@ impl Admin {
             tasks: tasks as u64,
             client_connections: self.workers.connections() as u64,
             client_connections_limit: self.workers.max_connections() as u64,
+            is_draining: !self.is_ready(),
             ..self.proxy.gauges()
         }
     }
