@@ -1,9 +1,10 @@
 //! No key is in anything that the program says: not in its logs, its metrics, its answers or its complaints; and no prompt or
 //! completion in what it keeps or tells of requests.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, channel};
@@ -81,7 +82,7 @@ struct Weir {
 }
 
 impl Weir {
-    fn start(config: &PathBuf) -> Self {
+    fn start(config: &Path) -> Self {
         let mut command = weir();
         let command = command.arg("serve").arg("--config").arg(config).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("the binary was built");
@@ -235,44 +236,52 @@ fn assert_no_key(what: &str, text: &str) {
 #[test]
 fn no_key_is_in_the_log_the_metrics_or_an_answer() {
     let (gateway, heads) = gateway();
-    let mut statuses = std::collections::BTreeSet::new();
-    for (form, log) in [(Form::Inline, "json"), (Form::Environment, "text"), (Form::File, "json")] {
-        let mut weir = Weir::start(&form.config(gateway, log));
-        let [address, admin] = weir.addresses();
-        for request in requests() {
-            let answer = exchange(address, &request);
-            assert_no_key(&format!("the answer to\n{request:.300}\n"), &answer);
-            statuses.extend(answer.split(' ').nth(1).map(str::to_owned));
-        }
-        for path in [
-            "/metrics",
-            "/livez",
-            "/readyz",
-            "/status",
-            "/status.json",
-            "/explain?client=a&model=gpt-4.1-mini",
-            &format!("/{CLIENT}"),
-        ] {
-            let answer = exchange(
-                admin,
-                &format!("GET {path} HTTP/1.1\r\nhost: a\r\nauthorization: {CLIENT}\r\nconnection: close\r\n\r\n"),
-            );
-            assert_nothing_private(path, &answer);
-            assert!(path != "/metrics" || answer.contains("client=\"a\""), "{answer}");
-        }
-        let said = weir.end();
-        assert!(said.contains("DEBUG"), "it says all that it can:\n{said}");
-        // The access log is among it.
-        for outcome in ["ok", "client_error", "upstream_error", "refused", "failed"] {
-            assert!(said.contains(&format!("\"outcome\":\"{outcome}\"")), "no request was {outcome}:\n{said}");
-        }
-        assert_nothing_private("the log", &said);
-    }
+    let forms = [(Form::Inline, "json"), (Form::Environment, "text"), (Form::File, "json")];
+    let statuses: BTreeSet<String> = std::thread::scope(|scope| {
+        let all = forms.map(|(form, log)| scope.spawn(move || statuses_of(&form.config(gateway, log))));
+        all.into_iter().flat_map(|one| one.join().expect("nothing is shown")).collect()
+    });
     let heads = heads.lock().expect("no test panics here");
     assert!(heads.contains(&format!("Bearer {UPSTREAM}")) && heads.contains(SAID), "key and prompt were in use");
     for status in ["200", "400", "401", "404", "429", "431", "500", "502"] {
         assert!(statuses.contains(status), "nothing was answered with {status}: {statuses:?}");
     }
+}
+
+/// Makes every request of a weir with this configuration, looks at all that it shows, and returns the statuses of its answers.
+fn statuses_of(config: &Path) -> BTreeSet<String> {
+    let mut statuses = BTreeSet::new();
+    let mut weir = Weir::start(config);
+    let [address, admin] = weir.addresses();
+    for request in requests() {
+        let answer = exchange(address, &request);
+        assert_no_key(&format!("the answer to\n{request:.300}\n"), &answer);
+        statuses.extend(answer.split(' ').nth(1).map(str::to_owned));
+    }
+    for path in [
+        "/metrics",
+        "/livez",
+        "/readyz",
+        "/status",
+        "/status.json",
+        "/explain?client=a&model=gpt-4.1-mini",
+        &format!("/{CLIENT}"),
+    ] {
+        let answer = exchange(
+            admin,
+            &format!("GET {path} HTTP/1.1\r\nhost: a\r\nauthorization: {CLIENT}\r\nconnection: close\r\n\r\n"),
+        );
+        assert_nothing_private(path, &answer);
+        assert!(path != "/metrics" || answer.contains("client=\"a\""), "{answer}");
+    }
+    let said = weir.end();
+    assert!(said.contains("DEBUG"), "it says all that it can:\n{said}");
+    // The access log is among it.
+    for outcome in ["ok", "client_error", "upstream_error", "refused", "failed"] {
+        assert!(said.contains(&format!("\"outcome\":\"{outcome}\"")), "no request was {outcome}:\n{said}");
+    }
+    assert_nothing_private("the log", &said);
+    statuses
 }
 
 #[test]
