@@ -561,7 +561,7 @@ fn so_it_is_when_gateways_tell_of_quotas_that_make_no_sense() {
 }
 
 fn play(telling: &[Telling]) {
-    let seeds = std::env::var("WEIR_MODEL_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(100);
+    let seeds = std::env::var("WEIR_MODEL_SEEDS").ok().and_then(|seeds| seeds.parse().ok()).unwrap_or(50);
     for (seed, telling) in (0..seeds).zip(telling.iter().cycle()) {
         let mut history = History::new(seed, *telling);
         let played = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
