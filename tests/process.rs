@@ -475,7 +475,8 @@ fn sigterm_ends_it_at_once_when_nothing_runs() {
 #[test]
 fn a_stream_longer_than_the_drain_is_visibly_cut() {
     let gateway = Gateway::start(&LONG_STREAM);
-    let mut weir = Weir::start(&gateway, "[server]\ndrain = \"1s\"\n");
+    let file = config_file("");
+    let mut weir = Weir::start(&gateway, &format!("[server]\ndrain = \"1s\"\n[log]\naccess = {file:?}\n"));
     let mut stream = chat(weir.address, STREAM);
     stream.comes("data: ");
     let begun = Instant::now();
@@ -485,14 +486,26 @@ fn a_stream_longer_than_the_drain_is_visibly_cut() {
     assert!((Duration::from_secs(1)..Duration::from_secs(10)).contains(&took), "{took:?}");
     let rest = stream.rest();
     assert!(!rest.contains("[DONE]") && !rest.ends_with("0\r\n\r\n"), "{rest}");
+    assert_eq!(lines_of(&file).iter().map(cut_by_weir).collect::<Vec<_>>(), [(Some(200), true)]);
+}
+
+/// The status, if an answer had begun, of a line that says that weir has cut its request.
+#[track_caller]
+fn cut_by_weir(line: &serde_json::Value) -> (Option<u64>, bool) {
+    assert_eq!((line["code"].as_str(), line["model"].as_str()), (Some("draining"), Some("gpt-4.1-mini")), "{line}");
+    (line["status"].as_u64(), line["outcome"] == "failed" && line["bytes_out"].as_u64() > Some(0))
 }
 
 #[test]
-fn a_second_sigterm_ends_it_at_once() {
+fn a_second_sigterm_ends_it_at_once_and_whoever_is_cut_has_a_line() {
     let gateway = Gateway::start(&LONG_STREAM);
-    let mut weir = Weir::start(&gateway, "");
+    let file = config_file("");
+    let mut weir = Weir::start(&gateway, &format!("[limits]\nconcurrency = 1\n[log]\naccess = {file:?}\n"));
     let mut stream = chat(weir.address, STREAM);
     stream.comes("data: ");
+    let address = weir.address;
+    let waiter = std::thread::spawn(move || ask(address, "POST", "/v1/chat/completions", CHAT).map(|_| ()));
+    waiting(&weir, 1);
     weir.program.terminate();
     weir.program.says("\"draining\"");
     let begun = Instant::now();
@@ -500,6 +513,11 @@ fn a_second_sigterm_ends_it_at_once() {
     assert_eq!(weir.program.ends().code(), Some(0));
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     assert!(!stream.rest().contains("[DONE]"));
+    // It may have been told so, or not.
+    let _ = waiter.join().expect("it does not hang");
+    let mut lines: Vec<_> = lines_of(&file).iter().map(cut_by_weir).collect();
+    lines.sort_unstable();
+    assert!(lines.len() == 2 && lines.contains(&(Some(200), true)), "the stream and who waited: {lines:?}");
 }
 
 /// Waits until so many requests wait.
