@@ -677,6 +677,40 @@ fn post_reload_says_what_has_changed_or_why_nothing_has() {
 }
 
 #[test]
+fn a_new_access_log_that_cannot_be_opened_for_now_holds_nobody_up() {
+    let gateway = Gateway::start(&["--first-token", "1ms", "--per-token", "1ms"]);
+    let weir = Weir::start(&gateway, "");
+    // To open a pipe is to wait until somebody reads it.
+    let pipe = config_file("").with_extension("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().expect("there is a mkfifo").success());
+    weir.rewrite(&format!("[limits]\nconcurrency = 7\n[log]\naccess = {pipe:?}\n"));
+    let admin = weir.admin;
+    let reload = std::thread::spawn(move || ask(admin, "POST", "/reload", "").expect("an answer").rest());
+    let reads = || {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", weir.program.child.id())).expect("it runs");
+        let name =
+            |thread: std::io::Result<std::fs::DirEntry>| std::fs::read_to_string(thread.ok()?.path().join("comm")).ok();
+        threads.filter_map(name).any(|name| name == "reload\n")
+    };
+    let deadline = Instant::now() + DEADLINE;
+    while !reads() {
+        assert!(Instant::now() < deadline, "it does not read the file");
+        std::thread::yield_now();
+    }
+    assert_eq!((chat(weir.address, CHAT).status, get(weir.admin, "/livez").0), (200, 200));
+    assert!(
+        !get(weir.admin, "/metrics").1.contains("weir_limit_capacity{"),
+        "nothing is in force before all of it can be"
+    );
+    let mut log = BufReader::new(std::fs::File::open(&pipe).expect("a pipe"));
+    assert!(reload.join().expect("it is answered").contains("limits.concurrency = 7"));
+    assert_eq!(chat(weir.address, CHAT).status, 200);
+    let mut line = String::new();
+    log.read_line(&mut line).expect("a line");
+    assert!(line.contains("\"outcome\":\"ok\""), "{line}");
+}
+
+#[test]
 fn a_file_that_is_gone_is_said_to_be_and_ends_nothing() {
     let mut command = weir();
     command
