@@ -1,7 +1,7 @@
 //! The account of one request: what it came to, written into the [`Books`] exactly once, also when it is dropped half-way.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use http::{HeaderValue, StatusCode, request};
@@ -21,6 +21,8 @@ pub struct Books {
     pub metrics: Arc<Metrics>,
     pub recent_errors: RecentErrors,
     pub access_log: Arc<AccessLog>,
+    /// weir ends, and cuts what is still under way.
+    pub cut_by_weir: AtomicBool,
 }
 
 impl Books {
@@ -28,12 +30,12 @@ impl Books {
     pub fn new(metrics: Metrics, upstream: &str) -> Self {
         let metrics = Arc::new(metrics);
         let access_log = Arc::new(AccessLog::off(upstream, metrics.clone()));
-        Self { metrics, recent_errors: RecentErrors::default(), access_log }
+        Self { metrics, recent_errors: RecentErrors::default(), access_log, cut_by_weir: AtomicBool::new(false) }
     }
 }
 
 /// Opened when a request's head has come; closed by [`Ledger::close`], or by being dropped, which means that the client
-/// went away.
+/// went away, or that weir ends ([`Books::cut_by_weir`]).
 pub struct Ledger {
     books: Arc<Books>,
     /// Whose request it is, and for which model.
@@ -366,6 +368,10 @@ impl Ledger {
 impl Drop for Ledger {
     fn drop(&mut self) {
         self.attempt_ends(AttemptResult::Cancelled);
+        if self.open && self.books.cut_by_weir.load(Ordering::Relaxed) {
+            let cut = Failure::new(Cause::Draining, "weir has ended, and the request was still under way");
+            return self.close_with(Outcome::Failed, cut);
+        }
         self.close(Outcome::Disconnected);
     }
 }

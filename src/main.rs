@@ -230,7 +230,10 @@ async fn serve_until_told(
     systemd::notify("STOPPING=1");
     tokio::select! {
         () = running.stop() => {}
-        () = signals.next() => tracing::warn!("a second signal: ending at once"),
+        () = signals.next() => {
+            tracing::warn!("a second signal: ending at once");
+            running.cut().await;
+        }
         () = reopen_at_hangups(&access_log, &mut hangups) => {}
     }
     if !access_log.flush(LAST_LINES) {

@@ -70,7 +70,7 @@ impl Models {
     pub fn configure<'n>(&self, configured: impl IntoIterator<Item = &'n str>) -> Result<(), String> {
         let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
         let new: Vec<&str> = configured.into_iter().filter(|name| !names.by_name.contains_key(*name)).collect();
-        if names.by_id.len() + new.len() > MAX_NAMES {
+        if !new.is_empty() && names.by_id.len() + new.len() > MAX_NAMES {
             return Err(format!("there have been more than {MAX_NAMES} names of models since weir started"));
         }
         names.capacity += new.len();
@@ -161,6 +161,8 @@ mod tests {
         let many: Vec<String> = (0..MAX_NAMES).map(|i| format!("configured-{i}")).collect();
         let refused = models.configure(many.iter().map(String::as_str)).expect_err("too many");
         assert!(refused.contains("10000") && models.find("configured-0") == ModelId::OTHER, "{refused}");
+        let more = Models::new(many.iter().map(String::as_str));
+        assert_eq!(more.configure(many.iter().map(String::as_str)), Ok(()), "none is new");
     }
 
     #[test]

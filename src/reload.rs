@@ -15,6 +15,7 @@ use crate::access_log;
 use crate::config::change::Change;
 use crate::config::{Complaints, Config};
 use crate::metrics::ReloadResult;
+use crate::outlet::Sink;
 use crate::proxy::{CannotChange, Proxy};
 use crate::server::{NewCertificate, Tls};
 
@@ -39,6 +40,28 @@ pub struct Reloader {
     /// Held from before the file is read until what it says is in force.
     turn: Arc<Mutex<()>>,
     stopping: AtomicBool,
+}
+
+/// A configuration, with what had to be opened and read for it: none of that may wait for a disk when it is put in force.
+struct Prepared {
+    config: Config,
+    /// The new access log, where it is another than before.
+    access_log: Option<Option<Box<dyn Sink>>>,
+    certificate: Option<NewCertificate>,
+}
+
+impl Prepared {
+    /// Opens and reads it. `before` is what is in force.
+    fn new(config: Config, before: &Config) -> Result<Self, NotReloaded> {
+        let target = &config.log.access;
+        let open = || {
+            let no_log = |error| NotReloaded::AccessLog(format!("cannot write the access log to {target}: {error}"));
+            access_log::open(target).map_err(no_log)
+        };
+        let access_log = (*target != before.log.access).then(open).transpose()?;
+        let certificate = config.server.tls.as_ref().map(NewCertificate::read).transpose().map_err(NotReloaded::Tls)?;
+        Ok(Self { config, access_log, certificate })
+    }
 }
 
 /// What has changed by a reload.
@@ -90,12 +113,12 @@ impl Reloader {
         outcome
     }
 
-    /// Puts this configuration in force.
+    /// Puts this configuration in force. Opens what is new in it here and now.
     ///
     /// # Errors
     /// Why nothing was changed.
     pub fn reload(&self, config: Config) -> Result<Report, NotReloaded> {
-        let outcome = self.apply(config);
+        let outcome = Prepared::new(config, &self.proxy.config()).and_then(|prepared| self.apply(prepared));
         self.record(&outcome);
         outcome
     }
@@ -103,12 +126,13 @@ impl Reloader {
     async fn load_and_apply(&self, file: PathBuf) -> Result<Report, NotReloaded> {
         let turn = self.turn.clone().lock_owned().await;
         let (tell, told) = oneshot::channel();
-        // A thread of its own: a disk that hangs holds up neither those who wait for a refill nor the process' end. It keeps the
-        // turn, so that there is one such thread at most.
-        let from = file.clone();
+        // A thread of its own: a disk that hangs, or a pipe that nobody reads, holds up neither those who wait for a refill nor
+        // the process' end. It keeps the turn, so that there is one such thread at most.
+        let (from, before) = (file.clone(), self.proxy.config());
         let load = move || {
+            let loaded = Config::load(&from).map_err(|complaints| NotReloaded::Invalid(from, complaints));
             // Whoever asked may have gone.
-            let _ = tell.send((Config::load(&from), turn));
+            let _ = tell.send((loaded.and_then(|config| Prepared::new(config, &before)), turn));
         };
         let reading = std::thread::Builder::new().name("reload".to_owned()).spawn(load);
         let unread = |why: String| {
@@ -116,24 +140,19 @@ impl Reloader {
             NotReloaded::Invalid(file.clone(), Complaints(vec![complaint]))
         };
         reading.map_err(|error| unread(format!("cannot start a thread to read it: {error}")))?;
-        let (loaded, _turn) = told.await.map_err(|_| unread("reading it was broken off".to_owned()))?;
-        let config = loaded.map_err(|complaints| NotReloaded::Invalid(file.clone(), complaints))?;
-        self.apply(config)
+        let (prepared, _turn) = told.await.map_err(|_| unread("reading it was broken off".to_owned()))?;
+        self.apply(prepared?)
     }
 
-    fn apply(&self, config: Config) -> Result<Report, NotReloaded> {
+    fn apply(&self, prepared: Prepared) -> Result<Report, NotReloaded> {
         if self.stopping.load(Ordering::Acquire) {
             return Err(NotReloaded::Stopping);
         }
-        let target = config.log.access.clone();
-        let elsewhere = target != self.proxy.config().log.access;
-        // Opened and read first: where that fails, nothing has changed yet.
-        let sink = if elsewhere { access_log::open(&target) } else { Ok(None) };
-        let sink =
-            sink.map_err(|error| NotReloaded::AccessLog(format!("cannot write the access log to {target}: {error}")))?;
-        let certificate = config.server.tls.as_ref().map(NewCertificate::read).transpose().map_err(NotReloaded::Tls)?;
+        let Prepared { config, access_log, certificate } = prepared;
         let changes = self.proxy.reload(config).map_err(NotReloaded::CannotChange)?;
-        if elsewhere && let Err(error) = self.proxy.access_log().redirect(sink) {
+        if let Some(sink) = access_log
+            && let Err(error) = self.proxy.access_log().redirect(sink)
+        {
             tracing::error!(%error, "the access log goes on where it was");
         }
         if let (Some(tls), Some(certificate)) = (&self.tls, certificate) {

@@ -17,6 +17,9 @@ use crate::upstream::connect;
 /// After the drain's deadline: how long those who were still waiting have to read that they are refused.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
+/// How long a worker may take to let go of what is cut. It does not wait for anything.
+const LAST_BREATH: Duration = Duration::from_secs(1);
+
 /// A weir that serves. Dropping it closes its listeners.
 pub struct Running {
     /// Where clients connect; ports given as 0 are the ones that were found free.
@@ -29,7 +32,8 @@ pub struct Running {
     workers: Arc<Workers>,
     drain: DrainControl,
     reloader: Arc<Reloader>,
-    listeners: JoinSet<()>,
+    /// They end when this is dropped.
+    _listeners: JoinSet<()>,
     /// The admin listener, where others have its socket too.
     shared_admin: Option<AbortHandle>,
 }
@@ -92,7 +96,7 @@ impl Running {
             workers,
             drain: control,
             reloader,
-            listeners,
+            _listeners: listeners,
             shared_admin: is_shared.then_some(accepting_operators),
         })
     }
@@ -123,8 +127,8 @@ impl Running {
     /// what has begun or waits is served, for as long as `server.drain`. Whoever still waits then is told so, and streams
     /// that still run are cut.
     ///
-    /// Dropping the future stops at once.
-    pub async fn stop(self) {
+    /// Dropped, it has stopped as far as it has come; [`Running::cut`] does the rest at once.
+    pub async fn stop(&self) {
         self.admin.not_ready();
         self.reloader.stop();
         let lame_duck = self.proxy.config().server.lame_duck;
@@ -138,12 +142,26 @@ impl Running {
             admin.abort();
         }
         tracing::info!(connections = self.workers.connections(), "draining");
-        if tokio::time::timeout(self.proxy.config().server.drain, self.drain.ended()).await.is_ok() {
-            return;
+        if tokio::time::timeout(self.proxy.config().server.drain, self.drain.ended()).await.is_err() {
+            self.proxy.gate().close();
+            let _ = tokio::time::timeout(LAST_WORDS, self.drain.ended()).await;
+            tracing::warn!(
+                connections = self.workers.connections(),
+                "the drain's time is over: what still runs is cut"
+            );
         }
+        self.cut().await;
+    }
+
+    /// Ends at once whatever is served. When it returns, every request has its line in the access log, one that was cut too.
+    pub async fn cut(&self) {
+        self.reloader.stop();
+        self.drain.begin();
+        // Nobody takes the places of those who are cut.
         self.proxy.gate().close();
-        let _ = tokio::time::timeout(LAST_WORDS, self.drain.ended()).await;
-        tracing::warn!(connections = self.workers.connections(), "the drain's time is over: what still runs is cut");
-        drop(self.listeners);
+        self.proxy.cuts_what_runs();
+        if tokio::time::timeout(LAST_BREATH, self.workers.cut()).await.is_err() {
+            tracing::warn!("a worker does not end; requests that it served have no line in the access log");
+        }
     }
 }

@@ -475,7 +475,8 @@ fn sigterm_ends_it_at_once_when_nothing_runs() {
 #[test]
 fn a_stream_longer_than_the_drain_is_visibly_cut() {
     let gateway = Gateway::start(&LONG_STREAM);
-    let mut weir = Weir::start(&gateway, "[server]\ndrain = \"1s\"\n");
+    let file = config_file("");
+    let mut weir = Weir::start(&gateway, &format!("[server]\ndrain = \"1s\"\n[log]\naccess = {file:?}\n"));
     let mut stream = chat(weir.address, STREAM);
     stream.comes("data: ");
     let begun = Instant::now();
@@ -485,14 +486,26 @@ fn a_stream_longer_than_the_drain_is_visibly_cut() {
     assert!((Duration::from_secs(1)..Duration::from_secs(10)).contains(&took), "{took:?}");
     let rest = stream.rest();
     assert!(!rest.contains("[DONE]") && !rest.ends_with("0\r\n\r\n"), "{rest}");
+    assert_eq!(lines_of(&file).iter().map(cut_by_weir).collect::<Vec<_>>(), [(Some(200), true)]);
+}
+
+/// The status, if an answer had begun, of a line that says that weir has cut its request.
+#[track_caller]
+fn cut_by_weir(line: &serde_json::Value) -> (Option<u64>, bool) {
+    assert_eq!((line["code"].as_str(), line["model"].as_str()), (Some("draining"), Some("gpt-4.1-mini")), "{line}");
+    (line["status"].as_u64(), line["outcome"] == "failed" && line["bytes_out"].as_u64() > Some(0))
 }
 
 #[test]
-fn a_second_sigterm_ends_it_at_once() {
+fn a_second_sigterm_ends_it_at_once_and_whoever_is_cut_has_a_line() {
     let gateway = Gateway::start(&LONG_STREAM);
-    let mut weir = Weir::start(&gateway, "");
+    let file = config_file("");
+    let mut weir = Weir::start(&gateway, &format!("[limits]\nconcurrency = 1\n[log]\naccess = {file:?}\n"));
     let mut stream = chat(weir.address, STREAM);
     stream.comes("data: ");
+    let address = weir.address;
+    let waiter = std::thread::spawn(move || ask(address, "POST", "/v1/chat/completions", CHAT).map(|_| ()));
+    waiting(&weir, 1);
     weir.program.terminate();
     weir.program.says("\"draining\"");
     let begun = Instant::now();
@@ -500,6 +513,11 @@ fn a_second_sigterm_ends_it_at_once() {
     assert_eq!(weir.program.ends().code(), Some(0));
     assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
     assert!(!stream.rest().contains("[DONE]"));
+    // It may have been told so, or not.
+    let _ = waiter.join().expect("it does not hang");
+    let mut lines: Vec<_> = lines_of(&file).iter().map(cut_by_weir).collect();
+    lines.sort_unstable();
+    assert!(lines.len() == 2 && lines.contains(&(Some(200), true)), "the stream and who waited: {lines:?}");
 }
 
 /// Waits until so many requests wait.
@@ -656,6 +674,40 @@ fn post_reload_says_what_has_changed_or_why_nothing_has() {
     weir.program.terminate();
     weir.program.says("\"draining\"");
     assert_eq!(reload().0, 503);
+}
+
+#[test]
+fn a_new_access_log_that_cannot_be_opened_for_now_holds_nobody_up() {
+    let gateway = Gateway::start(&["--first-token", "1ms", "--per-token", "1ms"]);
+    let weir = Weir::start(&gateway, "");
+    // To open a pipe is to wait until somebody reads it.
+    let pipe = config_file("").with_extension("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().expect("there is a mkfifo").success());
+    weir.rewrite(&format!("[limits]\nconcurrency = 7\n[log]\naccess = {pipe:?}\n"));
+    let admin = weir.admin;
+    let reload = std::thread::spawn(move || ask(admin, "POST", "/reload", "").expect("an answer").rest());
+    let reads = || {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", weir.program.child.id())).expect("it runs");
+        let name =
+            |thread: std::io::Result<std::fs::DirEntry>| std::fs::read_to_string(thread.ok()?.path().join("comm")).ok();
+        threads.filter_map(name).any(|name| name == "reload\n")
+    };
+    let deadline = Instant::now() + DEADLINE;
+    while !reads() {
+        assert!(Instant::now() < deadline, "it does not read the file");
+        std::thread::yield_now();
+    }
+    assert_eq!((chat(weir.address, CHAT).status, get(weir.admin, "/livez").0), (200, 200));
+    assert!(
+        !get(weir.admin, "/metrics").1.contains("weir_limit_capacity{"),
+        "nothing is in force before all of it can be"
+    );
+    let mut log = BufReader::new(std::fs::File::open(&pipe).expect("a pipe"));
+    assert!(reload.join().expect("it is answered").contains("limits.concurrency = 7"));
+    assert_eq!(chat(weir.address, CHAT).status, 200);
+    let mut line = String::new();
+    log.read_line(&mut line).expect("a line");
+    assert!(line.contains("\"outcome\":\"ok\""), "{line}");
 }
 
 #[test]

@@ -211,6 +211,11 @@ impl Proxy {
         &self.shared.books.access_log
     }
 
+    /// From now on a request that is dropped was cut by weir, which ends; its client has not gone away.
+    pub fn cuts_what_runs(&self) {
+        self.shared.books.cut_by_weir.store(true, Ordering::Relaxed);
+    }
+
     /// The last requests that were refused, failed or answered with an error, the newest first.
     pub fn recent_errors(&self) -> Vec<RecentError> {
         self.shared.books.recent_errors.latest()

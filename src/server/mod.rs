@@ -330,6 +330,8 @@ impl Body for Tracked {
 /// The threads that serve connections.
 pub struct Workers {
     workers: Vec<Worker>,
+    /// Whether they are to let go of everything. Each thread keeps a receiver until it has.
+    over: watch::Sender<bool>,
     connections: Arc<Semaphore>,
     max_connections: usize,
     metrics: Arc<Metrics>,
@@ -373,14 +375,23 @@ impl Workers {
     /// # Errors
     /// A thread or its runtime could not be made.
     pub fn start(count: usize, proxy: &Proxy, settings: &config::Server) -> io::Result<Self> {
-        let start = |number| Worker::start(number, Arc::new(proxy.for_another_worker()));
+        let (over, watching) = watch::channel(false);
+        let start = |number| Worker::start(number, Arc::new(proxy.for_another_worker()), watching.clone());
         let max_connections = settings.max_connections as usize;
         Ok(Self {
             workers: (0..count.max(1)).map(start).collect::<io::Result<_>>()?,
+            over,
             connections: Arc::new(Semaphore::new(max_connections)),
             max_connections,
             metrics: proxy.metrics().clone(),
         })
+    }
+
+    /// Cuts every connection, and waits until all that was served on them is gone: each account is closed then. The threads
+    /// end with it, and serve nothing any more.
+    pub async fn cut(&self) {
+        self.over.send_replace(true);
+        self.over.closed().await;
     }
 
     /// Clients connected now.
@@ -441,7 +452,7 @@ impl Workers {
         let idlest =
             self.workers.iter().min_by_key(|worker| worker.open.load(Ordering::Relaxed)).expect("there is a worker");
         idlest.open.fetch_add(1, Ordering::Relaxed);
-        // A worker ends with the process only.
+        // A worker that was cut takes nobody.
         let _ = idlest.inbox.send(accepted);
     }
 }
@@ -453,13 +464,26 @@ fn is_passing(error: &io::Error) -> bool {
 }
 
 impl Worker {
-    fn start(number: usize, proxy: Arc<Proxy>) -> io::Result<Self> {
+    fn start(number: usize, proxy: Arc<Proxy>, mut over: watch::Receiver<bool>) -> io::Result<Self> {
         let (inbox, accepted) = mpsc::unbounded_channel();
         let open = Arc::new(AtomicUsize::new(0));
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let handle = runtime.handle().clone();
         let work = work(accepted, proxy, open.clone());
-        std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || runtime.block_on(work))?;
+        let run = move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    biased;
+                    // Nobody can say so any more when the workers themselves are dropped.
+                    _ = over.wait_for(|over| *over) => {}
+                    () = work => {}
+                }
+            });
+            // What it still serves is dropped here. A name that is being looked up is not waited for.
+            runtime.shutdown_background();
+            drop(over);
+        };
+        std::thread::Builder::new().name(format!("worker-{number}")).spawn(run)?;
         Ok(Self { inbox, open, runtime: handle })
     }
 }

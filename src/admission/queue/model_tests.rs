@@ -338,6 +338,14 @@ impl History {
         assert_eq!((queue.waiting, tickets.len()), (waiting, waiting));
         let reserved: u64 = grants.values().map(|grant| grant.cost().tokens()).sum();
         assert_eq!(queue.reserved_tokens, reserved);
+        for lane in queue.lanes_in_use() {
+            let of_lane = queue
+                .of_flow
+                .values()
+                .map(|id| &queue.flows[id.0])
+                .filter(|flow| queue.lane_of_flow(flow) == lane.lane);
+            assert_eq!(lane.waiting, of_lane.map(|flow| flow.waiters.len() as u64).sum::<u64>());
+        }
         for (id, flow) in queue.flows.iter().enumerate() {
             let under_way = grants.values().filter(|grant| grant.flow == FlowId(id)).count();
             assert_eq!(flow.in_flight as usize, under_way);
@@ -357,6 +365,7 @@ impl History {
             let share = queue.tenants.share(id);
             let own = || queue.flows.iter().enumerate().filter(|(_, flow)| flow.tenant == id);
             assert_eq!(share.waiting, own().map(|(_, flow)| flow.waiters.len() as u64).sum::<u64>());
+            assert_eq!(share.in_flight, own().map(|(_, flow)| flow.in_flight).sum::<u32>());
             let backlog: BTreeSet<FlowId> =
                 own().filter(|(_, flow)| !flow.waiters.is_empty()).map(|(id, _)| FlowId(id)).collect();
             assert_eq!(share.backlog, backlog);

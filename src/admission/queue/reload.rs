@@ -14,6 +14,7 @@
 //!
 //! [`Bucket::set_rate`]: crate::admission::bucket::Bucket::set_rate
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use tokio::time::Instant;
@@ -201,13 +202,14 @@ impl<W> Queue<W> {
     }
 
     fn count_those_under_way(&mut self, counting: &[LimitId]) {
-        let mut in_use = vec![0; counting.len()];
+        // Looked up, since each of many models and clients may have new ones.
+        let mut in_use: HashMap<LimitId, u32> = counting.iter().map(|id| (*id, 0)).collect();
         for flow in self.of_flow.values().map(|id| &self.flows[id.0]) {
-            for at in flow.way().filter_map(|id| counting.iter().position(|slots| *slots == id)) {
-                in_use[at] += flow.in_flight;
+            for id in flow.way() {
+                in_use.entry(id).and_modify(|in_use| *in_use += flow.in_flight);
             }
         }
-        for (id, in_use) in counting.iter().zip(in_use) {
+        for (id, in_use) in in_use {
             let limit = &mut self.limits[id.0];
             limit.since = ChargeNo(self.charges);
             if let Measure::Concurrency(slots) = &mut limit.measure {
