@@ -26,6 +26,10 @@ use tokio::task::JoinSet;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+use weir::config::{Address, Config};
+use weir::proxy::Proxy;
+use weir::server::{DrainControl, Inherited, Listener, Workers};
+use weir::upstream::connect;
 
 /// Whatever takes longer has failed.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -487,6 +491,67 @@ fn a_service_manager_is_told_that_it_is_ready_and_that_it_stops() {
     weir.terminate();
     assert_eq!(heard(), "STOPPING=1");
     assert_eq!(weir.ends().0.code(), Some(0));
+}
+
+// Stopping.
+
+/// Lets a weir listen that was told to stop before it has accepted anybody, until it has closed the listener; it goes on
+/// serving until it is dropped.
+async fn closed_at_once(listener: Listener) -> Workers {
+    let config = Config::parse("[upstream]\nbase_url = \"http://127.0.0.1:1/v1\"\n", &|_| None);
+    let config = Arc::new(config.unwrap_or_else(|complaints| panic!("{complaints}")));
+    let connector = connect::network(&config.upstream.base_url).expect("it needs no authority");
+    let proxy = Proxy::new(config.clone(), connector);
+    let workers = Workers::start(1, &proxy, &config.server).expect("there are threads");
+    let (control, drain) = DrainControl::new();
+    control.begin();
+    workers.accept(listener, None, drain).await;
+    workers
+}
+
+/// Waits until the kernel has so many connections for this listener. `connect` returns a moment before that.
+async fn until_backlog_has(count: usize, address: SocketAddr) {
+    let (listening, deadline) = (format!(":{:04X} 00000000:0000 0A", address.port()), Instant::now() + DEADLINE);
+    let waiting = || {
+        let sockets = std::fs::read_to_string("/proc/net/tcp").expect("a table of sockets");
+        let line = sockets.lines().find(|line| line.contains(&listening)).expect("it listens");
+        let queues = line.split_whitespace().nth(4).expect("a column of queues");
+        usize::from_str_radix(&queues[9..], 16).expect("a number")
+    };
+    while waiting() < count {
+        assert!(Instant::now() < deadline, "{} have come", waiting());
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn who_has_connected_when_the_listener_closes_is_answered_and_who_comes_to_a_shared_one_waits_for_the_next() {
+    let place = Place::new();
+    let own = Listener::bind(&Address::Tcp(([127, 0, 0, 1], 0).into()), "server.listen").expect("a free port");
+    let address = own.address().tcp().expect("TCP");
+    let own_unix = Listener::bind(&Address::Unix(place.0.clone()), "server.listen").expect("a free path");
+    let waiting: Vec<_> = (0..50).map(|_| TcpStream::connect(address).expect("the kernel takes it")).collect();
+    let waiting_unix = UnixStream::connect(&place.0).expect("the kernel takes it");
+    until_backlog_has(waiting.len(), address).await;
+    let _serving = (closed_at_once(own).await, closed_at_once(own_unix).await);
+    for client in waiting {
+        client.set_nonblocking(true).expect("it is open");
+        let client = tokio::net::TcpStream::from_std(client).expect("it is open");
+        assert_eq!(ask(client, "GET", "/none", "").await.0, 404);
+    }
+    waiting_unix.set_nonblocking(true).expect("it is open");
+    let client = tokio::net::UnixStream::from_std(waiting_unix).expect("it is open");
+    assert_eq!(ask(client, "GET", "/none", "").await.0, 404);
+    TcpStream::connect(address).expect_err("it is closed");
+    assert!(!place.0.exists(), "the file went with it");
+
+    let (shared, address) = tcp_socket();
+    let inherited = Inherited::Tcp(shared.try_clone().expect("there are descriptors"));
+    let client = TcpStream::connect(address).expect("the kernel takes it");
+    drop(closed_at_once(Listener::inherit(inherited).expect("it listens")).await);
+    shared.set_nonblocking(false).expect("it is open");
+    let (_, peer) = shared.accept().expect("the client is there still");
+    assert_eq!(peer, client.local_addr().expect("it is open"));
 }
 
 // Replacing the binary.

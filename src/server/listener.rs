@@ -33,7 +33,7 @@ enum Socket {
     Unix(UnixListener),
 }
 
-/// A listening socket that was opened by who has started weir.
+/// A listening socket that belongs to no runtime: at first that of who has started weir.
 #[derive(Debug)]
 pub enum Inherited {
     Tcp(std::net::TcpListener),
@@ -121,9 +121,46 @@ impl Listener {
             Socket::Unix(listener) => Ok((Connection::Unix(listener.accept().await?.0), None)),
         }
     }
+
+    /// Closes it, and gives those who have connected and wait to be accepted: the kernel would reset them. It is closed when
+    /// the iterator is dropped, which is to be at the first error that is not a connection's own. Of an inherited socket
+    /// they are the next one's, and the iterator is empty.
+    pub fn close(self) -> impl Iterator<Item = io::Result<(Connection, Option<IpAddr>)>> {
+        let Self { _file: file, socket, is_inherited, .. } = self;
+        // From here on nobody finds a unix socket.
+        drop(file);
+        let own = if is_inherited { None } else { socket.into_inherited().ok() };
+        // Not the runtime's: it would have to look first who is there. Of TCP others may be coming all the time.
+        std::iter::from_fn(move || own.as_ref().map(Inherited::accept)).take(BACKLOG as usize)
+    }
+}
+
+impl Socket {
+    fn into_inherited(self) -> io::Result<Inherited> {
+        Ok(match self {
+            Self::Tcp(listener) => Inherited::Tcp(listener.into_std()?),
+            Self::Unix(listener) => Inherited::Unix(listener.into_std()?),
+        })
+    }
 }
 
 impl Inherited {
+    /// Who has connected, if somebody has; it does not block.
+    fn accept(&self) -> io::Result<(Connection, Option<IpAddr>)> {
+        match self {
+            Self::Tcp(listener) => {
+                let (stream, peer) = listener.accept()?;
+                stream.set_nonblocking(true)?;
+                Ok((Connection::Tcp(TcpStream::from_std(stream)?), Some(peer.ip())))
+            }
+            Self::Unix(listener) => {
+                let (stream, _) = listener.accept()?;
+                stream.set_nonblocking(true)?;
+                Ok((Connection::Unix(UnixStream::from_std(stream)?), None))
+            }
+        }
+    }
+
     /// Where it listens.
     ///
     /// # Errors

@@ -409,8 +409,8 @@ impl Workers {
         self.workers.iter().map(|worker| worker.runtime.metrics().num_alive_tasks()).sum()
     }
 
-    /// Accepts connections until the drain begins; then closes the listener. Over TCP clients have to speak TLS, where it is
-    /// given.
+    /// Accepts connections until the drain begins, and then those who have connected by then, as far as there are places;
+    /// closes the listener. Over TCP clients have to speak TLS, where it is given.
     pub async fn accept(&self, listener: Listener, tls: Option<Tls>, mut drain: Drain) {
         let watching = drain.clone();
         loop {
@@ -421,20 +421,41 @@ impl Workers {
             };
             let (accepted, permit) = tokio::select! {
                 biased;
-                () = drain.begun() => return,
+                () = drain.begun() => break,
                 next = next => next,
             };
             match accepted {
-                Ok((connection, peer)) => match Stream::new(connection, tls.as_ref()) {
-                    Ok(stream) => self.hand_over(Accepted { stream, peer, drain: watching.clone(), permit }),
-                    Err(error) => tracing::debug!(%error, "a connection was lost on its way"),
-                },
+                Ok((connection, peer)) => self.take(connection, peer, tls.as_ref(), watching.clone(), permit),
                 Err(error) if is_passing(&error) => {}
                 Err(error) => {
                     tracing::error!(%error, "cannot accept connections; raise the limit of open files if they have run out");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
+        }
+        for accepted in listener.close() {
+            match (accepted, self.connections.clone().try_acquire_owned()) {
+                (Ok((connection, peer)), Ok(permit)) => {
+                    self.take(connection, peer, tls.as_ref(), watching.clone(), permit);
+                }
+                (Err(error), Ok(_)) if is_passing(&error) => {}
+                // Nobody is there any more, or there is no place.
+                _ => return,
+            }
+        }
+    }
+
+    fn take(
+        &self,
+        connection: Connection,
+        peer: Option<IpAddr>,
+        tls: Option<&Tls>,
+        drain: Drain,
+        permit: OwnedSemaphorePermit,
+    ) {
+        match Stream::new(connection, tls) {
+            Ok(stream) => self.hand_over(Accepted { stream, peer, drain, permit }),
+            Err(error) => tracing::debug!(%error, "a connection was lost on its way"),
         }
     }
 
