@@ -339,6 +339,25 @@ async fn an_explanation_of_what_would_be_refused_says_so_and_leaves_no_trace() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_may_take_too_long_is_explained_as_admission_decides_and_it_takes_it_in() {
+    let config = format!("[models.\"gpt-4.1-mini\"]\nconcurrency = 1\n{TWO_CLIENTS}");
+    let world = World::new(&config, |_| [vec![Step::Wait(Duration::from_secs(10))], completion()].concat());
+    let operators = Operators::of(&world);
+    for _ in 0..3 {
+        world.send(bearer(chat(CHAT), "sk-own-bot")).await;
+    }
+    let _held_up: Vec<_> = (0..3).map(|_| world.spawn(bearer(chat(CHAT), "sk-own-bot"))).collect();
+    world.settle().await;
+    let explained = operators.json("/explain?client=bot&model=gpt-4.1-mini").await;
+    assert!(explained["expected_wait_seconds"].as_f64() > Some(20.0), "{explained:#}");
+    assert_eq!((&explained["next"], &explained["max_wait_seconds"]), (&"waits".into(), &20.0.into()), "{explained:#}");
+    assert!(explained["why"].as_str().is_some_and(|why| why.contains("may be refused")), "{explained:#}");
+    let _next = world.spawn(bearer(chat(CHAT), "sk-own-bot"));
+    world.settle().await;
+    assert_eq!(operators.status().await["now"]["waiting"], 3, "it was not refused");
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_is_not_known_is_told_who_is() {
     let world = World::new(TWO_CLIENTS, |_| completion());
     let operators = Operators::of(&world);
