@@ -138,6 +138,9 @@ pub async fn ask(arguments: &Arguments, config: Option<&Config>) -> Result<Told,
         (StatusCode::UNAUTHORIZED, _) => Err(format!(
             "{admin} asks for the admin token: set {TOKEN_VARIABLE}, or give --config with server.admin_token in it"
         )),
+        (StatusCode::FORBIDDEN, _) => {
+            Err(format!("{admin} refuses to answer: {}", printable(String::from_utf8_lossy(&body).trim())))
+        }
         (StatusCode::NOT_FOUND, Some(answer)) if answer["error"].is_string() => Err(unknown_client(&answer)),
         (status, _) => Err(format!("{admin} answers {status}, and not as weir's admin listener does")),
     }
@@ -154,6 +157,7 @@ async fn fetch(admin: &str, path: &str, token: Option<&Secret>) -> Result<(Statu
     match &place {
         Place::Tcp { host, port } => {
             let stream = TcpStream::connect((host.as_str(), *port)).await.map_err(not_there)?;
+            let host = if host.contains(':') { format!("[{host}]") } else { host.clone() };
             get(stream, &format!("{host}:{port}"), path, token).await
         }
         Place::Unix(socket) => {

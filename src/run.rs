@@ -78,7 +78,7 @@ impl Running {
             Workers::start(cores, &proxy, &settings).map_err(|error| format!("cannot start a worker: {error}"))?;
         let workers = Arc::new(workers);
         let reloader = Reloader::new(proxy.for_another_worker(), tls.clone(), source);
-        let admin = Admin::new(proxy.for_another_worker(), workers.clone(), reloader.clone());
+        let admin = Admin::new(proxy.for_another_worker(), workers.clone(), reloader.clone(), &admin_address);
         let (control, drain) = DrainControl::new();
         let mut listeners = JoinSet::new();
         for listener in clients {

@@ -116,7 +116,7 @@ impl Explanation {
         let gauges = proxy.gauges();
         let waiting: u64 = gauges.models.iter().map(|model| model.waiting).sum();
         let of_model: u64 = outlook.lanes.iter().map(|lane| lane.waiting).sum();
-        let max_wait = clients.max_wait(client).unwrap_or(config.queue.max_wait);
+        let max_wait = clients.max_wait(client).unwrap_or(config.queue.max_wait).min(config.timeouts.deadline);
         let is_full = waiting >= gauges.waiting_limit;
         let (next, why) = verdict(&outlook, max_wait, is_full);
         Ok(Self {
@@ -209,24 +209,28 @@ fn held_by(outlook: &Outlook) -> Option<HeldBy> {
 
 /// What would become of it, in a word and in a sentence.
 fn verdict(outlook: &Outlook, max_wait: Duration, queue_is_full: bool) -> (&'static str, String) {
+    // Whoever tries whether a gateway is back that was given up has nothing in its way.
+    let Some(held) = held_by(outlook) else {
+        return ("passes", "nothing is in its way".to_owned());
+    };
     if outlook.given_up {
         return (
             "is refused",
             "the gateway has failed for so long (breaker.give_up) that nobody waits for it".to_owned(),
         );
     }
-    let Some(held) = held_by(outlook) else {
-        return ("passes", "nothing is in its way".to_owned());
-    };
     if queue_is_full {
         return ("is refused", format!("the queue is full (queue.max_waiting), held up by {}", held.text));
     }
     let last = outlook.last.and_then(|place| outlook.path.get(place)).map(|limit| HeldBy::of(limit, None).text);
     let also = last.filter(|text| outlook.last != outlook.held_up_by.map(|(place, _)| place) && *text != held.text);
     let also = also.map_or_else(String::new, |text| format!("; then {text} takes longest"));
+    if outlook.at_least > max_wait {
+        return ("is refused", format!("{}{also}; that takes longer than it may wait", held.text));
+    }
     if outlook.expected > max_wait {
-        let why = format!("{}{also}; that is expected to take longer than it may wait", held.text);
-        return ("is refused", why);
+        let why = "that is expected to take longer than it may wait: it may be refused, at once or when its time is up";
+        return ("waits", format!("{}{also}; {why}", held.text));
     }
     ("waits", format!("{}{also}", held.text))
 }

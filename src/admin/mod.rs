@@ -7,6 +7,7 @@
 mod explain;
 mod history;
 mod limit;
+mod origin;
 mod page;
 pub mod query;
 mod status;
@@ -30,7 +31,7 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, MissedTickBehavior};
 
-use crate::config::Concurrency;
+use crate::config::{Address, Concurrency};
 use crate::metrics::Gauges;
 use crate::proxy::Proxy;
 use crate::reload::{NotReloaded, Reloader};
@@ -60,6 +61,8 @@ pub struct Admin {
     proxy: Proxy,
     workers: Arc<Workers>,
     reloader: Arc<Reloader>,
+    /// The listener is on loopback, where it is web pages that have to be kept out.
+    on_loopback: bool,
     /// Whether `/readyz` says yes.
     ready: AtomicBool,
     started: Instant,
@@ -70,14 +73,16 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Tells of this proxy, which is ready, and of the threads that it runs on; and has its configuration reloaded.
-    pub fn new(proxy: Proxy, workers: Arc<Workers>, reloader: Arc<Reloader>) -> Arc<Self> {
+    /// Tells of this proxy, which is ready, and of the threads that it runs on; and has its configuration reloaded. It will listen
+    /// at that address.
+    pub fn new(proxy: Proxy, workers: Arc<Workers>, reloader: Arc<Reloader>, listen: &Address) -> Arc<Self> {
         let now = Instant::now();
         Arc::new(Self {
             history: Mutex::new(History::new(proxy.metrics().read(), now)),
             proxy,
             workers,
             reloader,
+            on_loopback: listen.tcp().is_some_and(|address| address.ip().is_loopback()),
             ready: AtomicBool::new(true),
             started: now,
             turn: Arc::new(Semaphore::new(1)),
@@ -155,11 +160,17 @@ impl Admin {
 
     async fn answer<B>(self: Arc<Self>, request: &Request<B>) -> Answer {
         let (method, path) = (request.method(), request.uri().path());
+        let config = self.proxy.config();
+        let token = config.server.admin_token.as_ref();
+        let is_of_this_machine = || !self.on_loopback || origin::is_of_this_machine(request);
         let mut response = match path {
-            "/livez" | "/readyz" | "/status" | "/" => self.open(method, path),
-            _ if !token::admits(self.proxy.config().server.admin_token.as_ref(), request.headers()) => unauthorized(),
+            "/livez" | "/readyz" => self.open(method, path),
+            _ if token.is_none() && !is_of_this_machine() => text(StatusCode::FORBIDDEN, origin::STRANGE_NAME),
+            "/status" | "/" => self.open(method, path),
+            _ if !token::admits(token, request.headers()) => unauthorized(),
+            _ if token.is_none() && origin::is_forged(request) => text(StatusCode::FORBIDDEN, origin::STRANGE_PAGE),
             "/reload" if method == Method::POST => self.reload().await,
-            "/reload" => text(StatusCode::METHOD_NOT_ALLOWED, "POST reloads the configuration\n"),
+            "/reload" => not_allowed("POST", "POST reloads the configuration\n"),
             _ => self.guarded(method, path, request.uri().query()).await,
         };
         let fields = response.headers_mut();
@@ -242,6 +253,8 @@ impl Admin {
 
     fn status(&self, model: Option<&str>) -> Answer {
         let (proxy, reading) = (&self.proxy, self.proxy.metrics().read());
+        let survey = proxy.gate().survey(&proxy.clients());
+        // After the survey: who is in it is known then, also while a reload brings clients in.
         let (clients, config) = (proxy.clients(), proxy.config());
         let concurrency = match config.limits.concurrency {
             Concurrency::Adaptive => None,
@@ -254,7 +267,7 @@ impl Admin {
             gateway: config.upstream.base_url.to_string(),
             concurrency,
             gauges: &self.gauges(),
-            survey: &proxy.gate().survey(&clients),
+            survey: &survey,
             reading: &reading,
             history: &self.history(),
             models: proxy.models(),
@@ -288,8 +301,12 @@ fn is_read(method: &Method) -> bool {
 }
 
 fn only_get() -> Answer {
-    let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered here\n");
-    response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
+    not_allowed("GET, HEAD", "only GET is answered here\n")
+}
+
+fn not_allowed(instead: &'static str, why: &'static str) -> Answer {
+    let mut response = text(StatusCode::METHOD_NOT_ALLOWED, why);
+    response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(instead));
     response
 }
 

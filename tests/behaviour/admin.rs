@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Method, Request};
+use http::{HeaderValue, Method, Request};
 use http_body_util::Full;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use weir::admin::Admin;
 use weir::clients::ClientId;
+use weir::config::Address;
 use weir::metrics::Outcome;
 use weir::reload::{Reloader, Source};
 use weir::server::Workers;
@@ -25,11 +26,17 @@ const TWO_CLIENTS: &str = "[clients.batch]\nkey = \"sk-own-batch\"\nconcurrency 
 struct Operators(Arc<Admin>);
 
 impl Operators {
+    /// On loopback, as by default.
     fn of(world: &World) -> Self {
+        Self::at(world, "127.0.0.1:9090")
+    }
+
+    fn at(world: &World, address: &str) -> Self {
         let settings = weir::config::Config::default().server;
         let workers = Workers::start(1, &world.proxy, &settings).expect("a thread can be started");
         let reloader = Reloader::new(world.proxy.for_another_worker(), None, Source::default());
-        Self(Admin::new(world.proxy.for_another_worker(), Arc::new(workers), reloader))
+        let address = Address::parse(address).expect("an address");
+        Self(Admin::new(world.proxy.for_another_worker(), Arc::new(workers), reloader, &address))
     }
 
     /// An answer, on a connection of its own.
@@ -42,7 +49,7 @@ impl Operators {
     }
 
     async fn get(&self, target: &str) -> Answer {
-        self.ask(request(Method::GET, target, "")).await
+        self.ask(ask(Method::GET, target)).await
     }
 
     async fn json(&self, target: &str) -> Value {
@@ -57,6 +64,13 @@ impl Operators {
     async fn status(&self) -> Value {
         self.json("/status.json").await
     }
+}
+
+/// A request as an operator on this machine sends it.
+fn ask(method: Method, target: &str) -> Request<Full<Bytes>> {
+    let mut request = request(method, target, "");
+    request.headers_mut().insert("host", HeaderValue::from_static("127.0.0.1:9090"));
+    request
 }
 
 /// The row of this name.
@@ -325,6 +339,25 @@ async fn an_explanation_of_what_would_be_refused_says_so_and_leaves_no_trace() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_may_take_too_long_is_explained_as_admission_decides_and_it_takes_it_in() {
+    let config = format!("[models.\"gpt-4.1-mini\"]\nconcurrency = 1\n{TWO_CLIENTS}");
+    let world = World::new(&config, |_| [vec![Step::Wait(Duration::from_secs(10))], completion()].concat());
+    let operators = Operators::of(&world);
+    for _ in 0..3 {
+        world.send(bearer(chat(CHAT), "sk-own-bot")).await;
+    }
+    let _held_up: Vec<_> = (0..3).map(|_| world.spawn(bearer(chat(CHAT), "sk-own-bot"))).collect();
+    world.settle().await;
+    let explained = operators.json("/explain?client=bot&model=gpt-4.1-mini").await;
+    assert!(explained["expected_wait_seconds"].as_f64() > Some(20.0), "{explained:#}");
+    assert_eq!((&explained["next"], &explained["max_wait_seconds"]), (&"waits".into(), &20.0.into()), "{explained:#}");
+    assert!(explained["why"].as_str().is_some_and(|why| why.contains("may be refused")), "{explained:#}");
+    let _next = world.spawn(bearer(chat(CHAT), "sk-own-bot"));
+    world.settle().await;
+    assert_eq!(operators.status().await["now"]["waiting"], 3, "it was not refused");
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_is_not_known_is_told_who_is() {
     let world = World::new(TWO_CLIENTS, |_| completion());
     let operators = Operators::of(&world);
@@ -358,15 +391,50 @@ async fn with_a_token_only_probes_and_the_empty_page_go_without() {
         );
         assert!(refused.text().contains("server.admin_token") && !refused.text().contains("tok-123"));
     }
-    let asked = |target, token| with(request(Method::GET, target, ""), "authorization", token);
+    let asked = |target, token| with(ask(Method::GET, target), "authorization", token);
     assert_eq!(operators.ask(asked("/status.json", "Bearer tok-123")).await.status, 200);
     assert_eq!(operators.ask(asked("/nothing", "Bearer tok-123")).await.status, 404);
     assert_eq!(operators.ask(asked("/metrics", "Bearer tok-12")).await.status, 401);
-    let reload = |token| with(request(Method::POST, "/reload", ""), "authorization", token);
+    let reload = |token| with(ask(Method::POST, "/reload"), "authorization", token);
     assert_eq!(operators.ask(reload("Bearer tok-12")).await.status, 401);
     assert_eq!(operators.ask(reload("Bearer tok-123")).await.status, 409, "there is no file");
     let page = operators.get("/status").await.text();
     assert!(!page.contains("tok-123") && !page.contains("gpt-4.1-mini"), "the page itself has no data");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_web_page_neither_reads_from_a_loopback_listener_by_a_name_of_its_own_nor_reloads_by_any() {
+    let world = World::new("", |_| completion());
+    // Sent by these names, by a page of that site, if any.
+    let statuses = async |operators: &Operators, host: &str, origin: &str, method: Method, target: &str| {
+        let mut request = ask(method, target);
+        request.headers_mut().insert("host", HeaderValue::from_str(host).expect("a name"));
+        let request = if origin.is_empty() { request } else { with(request, "origin", origin) };
+        operators.ask(request).await.status.as_u16()
+    };
+    let local = Operators::of(&world);
+    for target in ["/status.json", "/metrics", "/explain", "/status", "/", "/reload"] {
+        assert_eq!(statuses(&local, "evil.example:9090", "", Method::GET, target).await, 403, "{target}");
+    }
+    assert_eq!(statuses(&local, "probe.example", "", Method::GET, "/livez").await, 200, "probes tell nothing");
+    assert_eq!(statuses(&local, "localhost:9090", "", Method::GET, "/status.json").await, 200);
+    // From elsewhere it is asked for by whatever name it has, but what changes something is no page's to send.
+    let open = Operators::at(&world, "0.0.0.0:9090");
+    assert_eq!(statuses(&open, "weir.internal:9090", "", Method::GET, "/metrics").await, 200);
+    for operators in [&local, &open] {
+        let host = "localhost:9090";
+        let post = async |origin| statuses(operators, host, origin, Method::POST, "/reload").await;
+        assert_eq!(post("https://evil.example").await, 403);
+        for honest in ["", "http://localhost:9090"] {
+            assert_eq!(post(honest).await, 409, "{honest}: there is no file, that is all");
+        }
+    }
+    // A page does not know the token.
+    let world = World::new("[server]\nadmin_token = \"tok-1\"\n", |_| completion());
+    let guarded = Operators::of(&world);
+    let by_name = with(request(Method::GET, "/metrics", ""), "authorization", "Bearer tok-1");
+    assert_eq!(guarded.ask(by_name).await.status, 200, "any name will do");
+    assert_eq!(statuses(&guarded, "evil.example", "", Method::GET, "/metrics").await, 401);
 }
 
 #[tokio::test(start_paused = true)]
@@ -376,12 +444,14 @@ async fn every_answer_says_what_a_browser_may_do_with_it() {
     for target in ["/status", "/status.json", "/metrics", "/livez", "/explain?client=nobody", "/nothing"] {
         let answer = operators.get(target).await;
         assert_eq!((answer.header("cache-control"), answer.header("x-content-type-options")), ("no-store", "nosniff"));
-        let head = operators.ask(request(Method::HEAD, target, "")).await;
+        let head = operators.ask(ask(Method::HEAD, target)).await;
         assert_eq!((head.status, head.body.len()), (answer.status, 0), "{target}");
         assert_eq!(head.header("content-type"), answer.header("content-type"));
         assert_ne!(head.header("content-length"), "0", "{target}");
-        assert_eq!(operators.ask(request(Method::POST, target, "")).await.header("allow"), "GET, HEAD", "{target}");
+        assert_eq!(operators.ask(ask(Method::POST, target)).await.header("allow"), "GET, HEAD", "{target}");
     }
+    let reload = operators.get("/reload").await;
+    assert_eq!((reload.status.as_u16(), reload.header("allow")), (405, "POST"));
     let page = operators.get("/status").await;
     let policy = page.header("content-security-policy");
     for part in

@@ -128,6 +128,9 @@ pub struct Outlook {
     /// How long it may be expected to wait, and which of the limits it passes last.
     pub expected: Duration,
     pub last: Option<usize>,
+    /// However well all goes, it waits as long as that. Admission knows of more that is sure: what of others comes first, and what
+    /// was promised.
+    pub at_least: Duration,
     /// It would be refused at once, whatever it asks for: its gateway has failed for too long.
     pub given_up: bool,
     /// What its tenant has waiting, and under way.
@@ -215,6 +218,7 @@ impl<W> Queue<W> {
             held_up_by: blocker.map(|place| (place, self.limits[all[place].0].hold(tokens, now))),
             expected,
             last: (!expected.is_zero()).then_some(last),
+            at_least: all.iter().map(|at| self.shortest_wait(*at, newcomer, flow, now)).max().unwrap_or_default(),
             given_up: pace.is_some_and(|pace| self.limits[pace.0].given_up(now)),
             own_waiting: share.map_or(0, |share| share.waiting),
             own_in_flight: share.map_or(0, |share| share.in_flight.into()),
@@ -287,6 +291,16 @@ impl<W> Queue<W> {
         let own = own.plus(limit.own_part(newcomer.tokens));
         let load = self.with_shares(at, tenant, newcomer.weight, own);
         limit.expected_at(load, now).saturating_duration_since(now)
+    }
+
+    /// Before how long a newcomer cannot pass this limit, behind what waits in its own flow.
+    fn shortest_wait(&self, at: LimitId, newcomer: &Newcomer, flow: Option<FlowId>, now: Instant) -> Duration {
+        let limit = &self.limits[at.0];
+        if limit.mode == Mode::Observe || !limit.concerns(newcomer.tokens) {
+            return Duration::ZERO;
+        }
+        let ahead = flow.map_or_else(Load::default, |flow| self.flows[flow.0].load);
+        limit.earliest_at(ahead.plus(limit.own_part(newcomer.tokens)), now).saturating_duration_since(now)
     }
 
     /// Whether this limit would not let a newcomer through now.
