@@ -117,6 +117,11 @@ def time_to_stop(config: dict[str, Any]) -> float:
     return seconds(server.get("lame_duck", "0s")) + seconds(server["drain"])
 
 
+def test_the_access_logs_document_shows_the_rotation_that_is_shipped():
+    shipped = (DEPLOY / "logrotate/weir").read_text(encoding="utf-8")
+    assert f"```text\n{shipped}```" in (ROOT / "docs/access-log.md").read_text(encoding="utf-8")
+
+
 # --- Kubernetes
 
 
