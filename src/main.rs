@@ -1,6 +1,6 @@
 //! The command line: arguments, configuration, logging, and running until a signal.
 
-use std::io::IsTerminal as _;
+use std::io::{self, ErrorKind, IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -31,7 +31,8 @@ USAGE
   weir simulate [OPTIONS]        the simulated gateway alone; see weir simulate --help
   weir --help | --version
 
-A weir that serves reads its file anew at SIGHUP or POST /reload on the operators' listener.
+A weir that serves reads its file anew at SIGHUP, or POST /reload on the operators' listener. At SIGTERM or SIGINT it takes
+nobody new, and what has begun may end; a second one ends it at once.
 
 Clients set their base URL to http://HOST:PORT/v1 (by default http://127.0.0.1:8080/v1), and change nothing else.
 
@@ -63,10 +64,7 @@ fn main() -> ExitCode {
         }
     };
     match command {
-        Command::Print(text) => {
-            print!("{text}");
-            ExitCode::SUCCESS
-        }
+        Command::Print(text) => finish(say(&text)),
         Command::Check(file) => check(file),
         Command::Serve(file) => match load(file.as_ref()) {
             // The sockets first: there are no other threads yet.
@@ -131,8 +129,7 @@ fn check(file: Option<PathBuf>) -> ExitCode {
         eprintln!("weir: {message}");
         return ExitCode::from(BAD_CONFIG);
     }
-    print!("{config}");
-    ExitCode::SUCCESS
+    finish(say(&config.to_string()))
 }
 
 /// A request would be refused.
@@ -141,10 +138,7 @@ const REFUSED: u8 = 3;
 fn explain(arguments: &mut lexopt::Parser) -> ExitCode {
     let arguments = match Arguments::parse(arguments) {
         Ok(Invocation::Ask(arguments)) => arguments,
-        Ok(Invocation::Help) => {
-            print!("{}", explain::HELP);
-            return ExitCode::SUCCESS;
-        }
+        Ok(Invocation::Help) => return finish(say(explain::HELP)),
         Err(error) => {
             eprintln!("weir: {error}; weir explain --help lists what there is");
             return ExitCode::from(USAGE);
@@ -157,9 +151,8 @@ fn explain(arguments: &mut lexopt::Parser) -> ExitCode {
     let mut refused = false;
     let asked = run(async {
         let told = explain::ask(&arguments, config.as_ref()).await?;
-        print!("{}", told.text);
         refused = told.refused;
-        Ok(())
+        say(&told.text)
     });
     match asked {
         Ok(()) if refused => ExitCode::from(REFUSED),
@@ -171,6 +164,15 @@ fn explain(arguments: &mut lexopt::Parser) -> ExitCode {
 fn run(work: impl Future<Output = Result<(), String>>) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     runtime.map_err(|error| format!("cannot start the runtime: {error}"))?.block_on(work)
+}
+
+/// Says it on stdout. A reader who leaves early (`weir check | head`) has what they wanted.
+fn say(text: &str) -> Result<(), String> {
+    let mut stdout = io::stdout();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(format!("cannot write to stdout: {error}")),
+        _ => Ok(()),
+    }
 }
 
 fn finish(result: Result<(), String>) -> ExitCode {
@@ -290,7 +292,7 @@ impl Signals {
 type LevelHandle = tracing_subscriber::reload::Handle<LevelFilter, Registry>;
 
 /// weir's own log. No thread that serves waits for stderr: what is said goes through an outlet.
-fn start_log(settings: &Log) -> std::io::Result<(Outlet, LevelHandle)> {
+fn start_log(settings: &Log) -> io::Result<(Outlet, LevelHandle)> {
     let (level, handle) = tracing_subscriber::reload::Layer::new(level_of(settings));
     let terminal = std::io::stderr().is_terminal();
     let habits = Habits { name: "weir's own log", gather: Duration::ZERO, lost: Box::new(|_| {}) };

@@ -26,7 +26,6 @@ pub struct Running {
     pub addresses: Vec<Address>,
     /// Where operators connect.
     pub admin_address: Address,
-    /// Where clients speak TLS.
     admin: Arc<Admin>,
     proxy: Proxy,
     workers: Arc<Workers>,

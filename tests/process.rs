@@ -783,6 +783,17 @@ fn check_prints_what_is_in_force_and_masks_secrets() {
 }
 
 #[test]
+fn a_reader_of_stdout_who_leaves_early_is_no_failure() {
+    for arguments in [&["check"][..], &["--help"], &["explain", "--help"]] {
+        let (reader, writer) = std::io::pipe().expect("a pipe");
+        drop(reader);
+        let done = weir().args(arguments).stdout(writer).output().expect("the binary was built");
+        let stderr = String::from_utf8_lossy(&done.stderr);
+        assert_eq!((done.status.code(), &*stderr), (Some(0), ""), "{arguments:?}");
+    }
+}
+
+#[test]
 fn a_port_that_is_taken_is_named_with_its_option() {
     let taken = TcpListener::bind("127.0.0.1:0").expect("a free port");
     let address = taken.local_addr().expect("bound").to_string();

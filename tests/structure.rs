@@ -1,8 +1,9 @@
 //! The shape of the source, as ARCHITECTURE.md draws it: who may import whom, where each crate has its home, and that the
-//! documents name only metrics that exist. (Cargo runs tests in the package's folder, so paths are as in the repository.)
+//! documents name only metrics, files and headings that exist. (Cargo runs tests in the package's folder, so paths are as in the repository.)
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::path::Path;
 
 /// A crate and the only places (a file, or a folder with its `/`) that may use it.
 const HOMES: [(&str, &[&str]); 9] = [
@@ -117,6 +118,35 @@ fn a_metric_that_does_not_exist_is_seen_wherever_it_stands() {
     assert_eq!(recorded("- record: job:weir_a:rate5m\n  expr: job:weir_b:rate5m"), ["job:weir_a:rate5m"]);
 }
 
+#[test]
+fn the_documents_lead_only_to_files_and_headings_that_exist() {
+    let mut wrong = Vec::new();
+    let mut seen = 0;
+    for path in files(".", ".md") {
+        for link in links(&prose(&read(&path))) {
+            seen += 1;
+            let (file, heading) = link.split_once('#').unwrap_or((&link, ""));
+            let target = match (file, path.rsplit_once('/')) {
+                ("", _) => path.clone(),
+                (file, Some((folder, _))) => format!("{folder}/{file}"),
+                (file, None) => file.to_owned(),
+            };
+            if !Path::new(&target).exists() || !(heading.is_empty() || headings(&read(&target)).contains(heading)) {
+                wrong.push(format!("{path}: {link} leads nowhere"));
+            }
+        }
+    }
+    assert!(seen > 20, "only {seen} links were seen");
+    assert_none(&wrong, "links are relative to their document, headings as GitHub spells them");
+}
+
+#[test]
+fn a_link_is_seen_and_a_heading_spelled_as_on_github() {
+    let text = "# A `b`: c-d, e_f\n[x](a.md#b) ![y](c.svg) [z](https://d/)\n```\n# [no](e)\n```\n[t\nu](#f)";
+    assert_eq!(links(&prose(text)), ["a.md#b", "c.svg", "#f"]);
+    assert_eq!(headings(text).into_iter().collect::<Vec<_>>(), ["a-b-c-d-e_f"]);
+}
+
 /// A source file, by its path.
 struct Source {
     path: String,
@@ -165,6 +195,28 @@ fn metric_names(text: &str) -> BTreeSet<String> {
 /// The names that recording rules give.
 fn recorded(rules: &str) -> Vec<String> {
     rules.lines().filter_map(|line| line.trim().strip_prefix("- record: ")).map(str::to_owned).collect()
+}
+
+/// A document without its blocks of code.
+fn prose(text: &str) -> String {
+    text.split("\n```").step_by(2).collect::<Vec<_>>().join("\n")
+}
+
+/// Where the links and pictures of a document lead, but for other sites.
+fn links(prose: &str) -> Vec<String> {
+    let targets = prose.split("](").skip(1).filter_map(|rest| Some(rest.split_once(')')?.0));
+    targets.filter(|target| !target.contains("://")).map(str::to_owned).collect()
+}
+
+/// The headings of a document, as links name them.
+fn headings(text: &str) -> BTreeSet<String> {
+    let prose = prose(text);
+    let titles = prose.lines().filter(|line| line.starts_with('#')).map(|line| line.trim_start_matches('#').trim());
+    let anchor = |title: &str| -> String {
+        let kept = title.chars().filter(|c| c.is_alphanumeric() || matches!(c, ' ' | '-' | '_'));
+        kept.map(|c| if c == ' ' { '-' } else { c.to_ascii_lowercase() }).collect()
+    };
+    titles.map(anchor).collect()
 }
 
 fn read(path: &str) -> String {

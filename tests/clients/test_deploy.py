@@ -41,6 +41,8 @@ class Config:
         key = directory / "key"
         key.write_text("stand-in", encoding="utf-8")
         text = re.sub(r'"file:[^"]+"', f'"file:{key}"', self.text)
+        for file, place in re.findall(r'\b(cert|key) = "(/[^"]+)"', self.text):
+            text = text.replace(place, str(identity(directory)[file]))
         # Each a key of its own.
         environment = {name: f"stand-in-{name}" for name in re.findall(r'"env:(\w+)"', text)}
         file = directory / "weir.toml"
@@ -54,6 +56,17 @@ class Config:
         )
         assert done.returncode == 0, f"{self.place}: {done.stderr}"
         return tomllib.loads(done.stdout)
+
+
+def identity(directory: Path) -> dict[str, Path]:
+    """A certificate and its key, for those that a configuration names."""
+    files = {"cert": directory / "cert.pem", "key": directory / "key.pem"}
+    if not files["cert"].exists():
+        request = ["req", "-x509", "-newkey", "rsa:2048", "-noenc", "-subj", "/CN=stand-in"]
+        subprocess.run(
+            [tool("openssl"), *request, "-out", files["cert"], "-keyout", files["key"]], check=True, capture_output=True
+        )
+    return files
 
 
 def documents(manifest: Path) -> list[dict[str, Any]]:
@@ -81,6 +94,7 @@ CONFIGS = [
     *map(in_config_map, MANIFESTS),
     *in_text(ROOT / "README.md"),
     *in_text(ROOT / "docs/operations.md"),
+    *in_text(ROOT / "docs/access-log.md"),
 ]
 
 
@@ -101,6 +115,11 @@ def time_to_stop(config: dict[str, Any]) -> float:
     """From SIGTERM to the end, at most."""
     server = config["server"]
     return seconds(server.get("lame_duck", "0s")) + seconds(server["drain"])
+
+
+def test_the_access_logs_document_shows_the_rotation_that_is_shipped():
+    shipped = (DEPLOY / "logrotate/weir").read_text(encoding="utf-8")
+    assert f"```text\n{shipped}```" in (ROOT / "docs/access-log.md").read_text(encoding="utf-8")
 
 
 # --- Kubernetes

@@ -38,7 +38,7 @@ GRAFANA = ROOT / "deploy/grafana"
 
 # What stays at nothing in the traffic below, though it is there. Everything else has to show something. (CPU time is
 # told in whole seconds.)
-QUIET = {"Breaker", "CPU", "Guards", "Lost", "Stopping"}
+QUIET = {"Breaker", "CPU", "Lost", "Stopping"}
 
 # What may be there and gone again, so that it is looked for in the last two minutes.
 FLEETING = {"Learned quotas"}
