@@ -74,7 +74,7 @@ impl Weir {
 
     async fn scrape(&self) -> String {
         let mut stream = TcpStream::connect(self.admin).await.expect("the admin listener is there");
-        let request = "GET /metrics HTTP/1.1\r\nhost: weir\r\nconnection: close\r\n\r\n";
+        let request = "GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
         stream.write_all(request.as_bytes()).await.expect("the admin listener reads");
         let mut wire = Wire::new(stream);
         let head = wire.head().await.expect("an answer").expect("an answer");
