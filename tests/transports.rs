@@ -258,7 +258,7 @@ async fn ask(
 ) -> (u16, String) {
     let (mut sender, connection) = http1::handshake(TokioIo::new(io)).await.expect("weir speaks HTTP");
     tokio::spawn(connection);
-    let request = Request::builder().method(method).uri(path).header("host", "weir.test");
+    let request = Request::builder().method(method).uri(path).header("host", "localhost");
     let request = request.body(Full::<Bytes>::from(body.to_owned())).expect("a request");
     let response = sender.send_request(request).await.expect("an answer");
     let status = response.status().as_u16();
