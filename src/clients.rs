@@ -188,11 +188,6 @@ impl Clients {
         key.map_or(0, |key| fingerprint(&self.keys.fingerprints, key.reveal().as_bytes()))
     }
 
-    /// Whether weir has a key of its own, so that all clients have one lane for each model.
-    pub fn share_a_key(&self) -> bool {
-        self.lends_its_key
-    }
-
     /// The client's share when there is a queue.
     pub fn weight(&self, id: ClientId) -> Weight {
         self.known[id.index()].weight

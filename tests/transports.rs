@@ -22,6 +22,7 @@ use hyper::client::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
@@ -615,7 +616,7 @@ impl Sender {
 /// What happened to the clients.
 #[derive(Debug, Default)]
 struct Tally {
-    answered: AtomicUsize,
+    answered: watch::Sender<usize>,
     /// Sent once more, since the connection was used before and ended without a byte of an answer.
     again: AtomicUsize,
     failures: Mutex<Vec<String>>,
@@ -626,12 +627,9 @@ async fn client(kind: Kind, body: &'static str, address: SocketAddr, tally: Arc<
     let mut kept: Option<Sender> = None;
     while !stop.load(Ordering::Relaxed) {
         match exchange(kind, body, address, &mut kept, &tally).await {
-            Ok(()) => tally.answered.fetch_add(1, Ordering::Relaxed),
-            Err(failure) => {
-                tally.failures.lock().expect("nobody panics").push(format!("{kind:?}: {failure}"));
-                0
-            }
-        };
+            Ok(()) => tally.answered.send_modify(|count| *count += 1),
+            Err(failure) => tally.failures.lock().expect("nobody panics").push(format!("{kind:?}: {failure}")),
+        }
     }
 }
 
@@ -697,10 +695,10 @@ async fn the_binary_is_replaced_under_load_and_no_request_fails() {
         }
     }
     for round in 0..4 {
-        let answered = tally.answered.load(Ordering::Relaxed);
-        while tally.answered.load(Ordering::Relaxed) < answered + 100 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        let mut answered = tally.answered.subscribe();
+        let enough = *answered.borrow() + 100;
+        let come = tokio::time::timeout(DEADLINE, answered.wait_for(|count| *count >= enough)).await;
+        assert!(come.is_ok_and(|counted| counted.is_ok()), "{round}: {:?}", tally.failures);
         let next = start();
         serving.terminate();
         let ended = tokio::task::spawn_blocking(move || serving.ends()).await.expect("no panic");
@@ -711,6 +709,6 @@ async fn the_binary_is_replaced_under_load_and_no_request_fails() {
     stop.store(true, Ordering::Relaxed);
     while running.join_next().await.is_some() {}
     let failures = tally.failures.lock().expect("nobody panics").join("\n");
-    assert!(failures.is_empty(), "of {:?}:\n{failures}", tally.answered);
-    println!("{} answered, {} sent again", tally.answered.load(Ordering::Relaxed), tally.again.load(Ordering::Relaxed));
+    assert!(failures.is_empty(), "of {}:\n{failures}", *tally.answered.borrow());
+    println!("{} answered, {} sent again", *tally.answered.borrow(), tally.again.load(Ordering::Relaxed));
 }
