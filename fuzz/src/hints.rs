@@ -14,6 +14,9 @@ const DAY: Duration = Duration::from_secs(86_400);
 const NOW: SystemTime = SystemTime::UNIX_EPOCH;
 const NOW_SECONDS: u64 = 784_111_777;
 
+/// A nanosecond in the unit of [`slow_go_duration`].
+const NANO: u128 = 1_000_000_000_000_000_000;
+
 /// Lines of `name: value`; or a single value, which is tried in every place.
 pub fn check(lines: &[u8]) {
     let mut fields = HeaderMap::new();
@@ -74,16 +77,17 @@ fn are_within_bounds(fields: &HeaderMap) {
 fn is_the_time_it_says(text: &str) {
     let read = go_duration(text);
     match slow_go_duration(text) {
-        Some(nanos) if nanos < 1 << 62 => {
-            let read = read.expect("it is a duration").as_nanos();
-            assert!(read.abs_diff(nanos) <= 1 + nanos / (1 << 40), "{text:?}: {read} instead of {nanos}");
+        Some(exact) if exact < NANO << 62 => {
+            let read = read.expect("it is a duration").as_nanos() * NANO;
+            assert!(read.abs_diff(exact) <= NANO + exact / (1 << 40), "{text:?}: {read} instead of {exact}");
         }
         Some(_) => {}
         None => assert_eq!(read, None, "{text:?} is no duration"),
     }
 }
 
-/// In whole numbers. `None` where it is no duration.
+/// In parts of 10⁻¹⁸ nanoseconds, so that what is cut off of many fractions does not add up to one.
+/// `None` where it is no duration.
 fn slow_go_duration(text: &str) -> Option<u128> {
     const UNITS: [(&str, u128); 7] = [
         ("ns", 1),
@@ -105,8 +109,8 @@ fn slow_go_duration(text: &str) -> Option<u128> {
         }
         let digits = |text: &str| text.bytes().fold(0u128, |n, digit| (n * 10 + u128::from(digit - b'0')).min(1 << 70));
         let fraction = &fraction[..fraction.len().min(18)];
-        let part = digits(fraction) * nanos / 10u128.pow(fraction.len() as u32);
-        total = total.saturating_add(digits(whole).saturating_mul(nanos)).saturating_add(part);
+        let part = digits(fraction) * 10u128.pow(18 - fraction.len() as u32) * nanos;
+        total = total.saturating_add(digits(whole).saturating_mul(nanos).saturating_mul(NANO)).saturating_add(part);
         rest = &rest[unit..];
     }
     (!text.is_empty()).then_some(total)
