@@ -59,7 +59,7 @@ fn main() -> ExitCode {
     let command = match parse(lexopt::Parser::from_env()) {
         Ok(command) => command,
         Err(error) => {
-            eprintln!("weir: {error}; weir --help lists what there is");
+            complain(&format!("{error}; weir --help lists what there is"));
             return ExitCode::from(USAGE);
         }
     };
@@ -74,9 +74,9 @@ fn main() -> ExitCode {
         Command::Explain(mut arguments) => explain(&mut arguments),
         Command::Demo { exit } => finish(run(demo::run(exit))),
         Command::Simulate(mut arguments) => match simulator::Settings::from_args(&mut arguments) {
-            Ok(invocation) => finish(run(simulator::args::run(invocation))),
+            Ok(invocation) => finish(run(simulator::args::run(invocation, say))),
             Err(message) => {
-                eprintln!("weir: {message}");
+                complain(&message);
                 ExitCode::from(USAGE)
             }
         },
@@ -112,10 +112,8 @@ fn parse(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
 fn load(file: Option<&PathBuf>) -> Result<Config, ExitCode> {
     let Some(path) = file else { return Ok(Config::default()) };
     Config::load(path).map_err(|complaints| {
-        eprintln!("weir: {} cannot be used:", path.display());
-        for complaint in &complaints.0 {
-            eprintln!("  {complaint}");
-        }
+        let each: String = complaints.0.iter().map(|complaint| format!("\n  {complaint}")).collect();
+        complain(&format!("{} cannot be used:{each}", path.display()));
         ExitCode::from(BAD_CONFIG)
     })
 }
@@ -126,7 +124,7 @@ fn check(file: Option<PathBuf>) -> ExitCode {
         Err(exit) => return exit,
     };
     if let Some(Err(message)) = config.server.tls.as_ref().map(Tls::load) {
-        eprintln!("weir: {message}");
+        complain(&message);
         return ExitCode::from(BAD_CONFIG);
     }
     finish(say(&config.to_string()))
@@ -140,7 +138,7 @@ fn explain(arguments: &mut lexopt::Parser) -> ExitCode {
         Ok(Invocation::Ask(arguments)) => arguments,
         Ok(Invocation::Help) => return finish(say(explain::HELP)),
         Err(error) => {
-            eprintln!("weir: {error}; weir explain --help lists what there is");
+            complain(&format!("{error}; weir explain --help lists what there is"));
             return ExitCode::from(USAGE);
         }
     };
@@ -175,11 +173,16 @@ fn say(text: &str) -> Result<(), String> {
     }
 }
 
+/// Says on stderr what went wrong. Where nobody can be told, the exit status tells it.
+fn complain(message: &str) {
+    let _ = io::stderr().write_all(format!("weir: {message}\n").as_bytes());
+}
+
 fn finish(result: Result<(), String>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
-            eprintln!("weir: {message}");
+            complain(&message);
             ExitCode::FAILURE
         }
     }

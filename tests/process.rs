@@ -782,14 +782,47 @@ fn check_prints_what_is_in_force_and_masks_secrets() {
     assert!(defaults.contains("base_url = "), "{defaults}");
 }
 
+/// The end of a pipe that nobody reads.
+fn unread() -> std::io::PipeWriter {
+    std::io::pipe().expect("a pipe").1
+}
+
 #[test]
 fn a_reader_of_stdout_who_leaves_early_is_no_failure() {
-    for arguments in [&["check"][..], &["--help"], &["explain", "--help"]] {
-        let (reader, writer) = std::io::pipe().expect("a pipe");
-        drop(reader);
-        let done = weir().args(arguments).stdout(writer).output().expect("the binary was built");
+    for arguments in
+        [&["check"][..], &["--help"], &["explain", "--help"], &["simulate", "--help"], &["demo"], &["demo", "--exit"]]
+    {
+        let done = weir().args(arguments).stdout(unread()).output().expect("the binary was built");
         let stderr = String::from_utf8_lossy(&done.stderr);
         assert_eq!((done.status.code(), &*stderr), (Some(0), ""), "{arguments:?}");
+    }
+}
+
+#[test]
+fn what_cannot_be_written_to_a_full_disk_is_a_failure_that_is_said() {
+    for arguments in [&["check"][..], &["simulate", "--listen", "127.0.0.1:0"], &["demo", "--exit"]] {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").expect("Linux has it");
+        let done = weir().args(arguments).stdout(full).output().expect("the binary was built");
+        let stderr = String::from_utf8_lossy(&done.stderr);
+        assert_eq!(done.status.code(), Some(1), "{arguments:?}: {stderr}");
+        assert!(stderr.starts_with("weir: cannot write to stdout: ") && stderr.lines().count() == 1, "{stderr}");
+    }
+}
+
+#[test]
+fn where_nobody_reads_a_complaint_the_exit_status_tells_it() {
+    let bad = config_file("[limits]\nconcurrency = 0\n");
+    let bad = bad.to_str().expect("text");
+    for (arguments, status) in [
+        (&["chek"][..], 2),
+        (&["check", "--config", bad], 78),
+        (&["serve", "--config", bad], 78),
+        (&["explain", "--port", "1"], 2),
+        (&["explain", "--admin", "unix:/nothing/is/here"], 1),
+        (&["simulate", "--first-tokn", "1s"], 2),
+    ] {
+        let ended = weir().args(arguments).stderr(unread()).status().expect("the binary was built");
+        assert_eq!(ended.code(), Some(status), "{arguments:?}");
     }
 }
 

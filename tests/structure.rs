@@ -78,6 +78,16 @@ fn every_crate_stays_in_its_home() {
 }
 
 #[test]
+fn nothing_is_printed_by_a_macro_that_panics_when_nobody_reads() {
+    let mut wrong = Vec::new();
+    for source in sources() {
+        let prints = source.production().filter(|(_, line)| line.contains("println!(") || line.contains("print!("));
+        wrong.extend(prints.map(|(number, line)| format!("{}:{number}: {}", source.path, line.trim())));
+    }
+    assert_none(&wrong, "say it with main's say and complain, or with write!");
+}
+
+#[test]
 fn nothing_is_unwrapped_outside_tests() {
     let mut wrong = Vec::new();
     for source in sources() {

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 
 use super::client::{self, Answer, Question};
-use super::say;
 use super::scene::MODELS;
+use super::{Broken, say};
 
 /// What customers wrote.
 const REVIEWS: [&str; 20] = [
@@ -58,7 +58,7 @@ pub struct Finished {
 ///
 /// # Errors
 /// That nothing can be printed; what goes wrong with a request is part of the batch.
-pub async fn run(weir: SocketAddr, out: &mut impl Write) -> Result<Batch, String> {
+pub async fn run(weir: SocketAddr, out: &mut impl Write) -> Result<Batch, Broken> {
     say(out, HEADING)?;
     let begun = Instant::now();
     let mut running: JoinSet<Finished> = (1..=SIZE).map(|number| one(weir, number)).collect();

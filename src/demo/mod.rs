@@ -11,25 +11,43 @@ mod report;
 mod scene;
 
 use std::fmt::Display;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 
 use report::Report;
 use scene::{Scene, Stage};
 
-/// Does what `weir demo` does: the batch, its table, and then it serves until Ctrl-C, or ends at once if `exit`.
+/// Why the demo is over before its end.
+#[derive(Debug, PartialEq, Eq)]
+enum Broken {
+    /// Who read what it prints has seen enough, as in `weir demo | head`.
+    ReaderLeft,
+    Failed(String),
+}
+
+impl From<String> for Broken {
+    fn from(why: String) -> Self {
+        Self::Failed(why)
+    }
+}
+
+/// Does what `weir demo` does: the batch, its table, and then it serves until Ctrl-C, or ends at once if `exit`. It also ends
+/// when nobody reads any more what it prints.
 ///
 /// # Errors
 /// That something could not be started or printed, or that a request was not answered.
 pub async fn run(exit: bool) -> Result<(), String> {
     let (scene, mut out) = (Scene::demo(), std::io::stdout());
     tokio::select! {
-        ended = play(&scene, exit, &mut out) => ended,
+        ended = play(&scene, exit, &mut out) => match ended {
+            Ok(()) | Err(Broken::ReaderLeft) => Ok(()),
+            Err(Broken::Failed(why)) => Err(why),
+        },
         interrupted = tokio::signal::ctrl_c() => interrupted.map_err(|error| format!("cannot wait for Ctrl-C: {error}")),
     }
 }
 
 /// The demo, from the first line it prints to the last.
-async fn play(scene: &Scene, exit: bool, out: &mut impl Write) -> Result<(), String> {
+async fn play(scene: &Scene, exit: bool, out: &mut impl Write) -> Result<(), Broken> {
     let stage = Stage::set(scene).await?;
     say(out, introduction(scene, &stage))?;
     let batch = batch::run(stage.address, out).await?;
@@ -42,8 +60,11 @@ async fn play(scene: &Scene, exit: bool, out: &mut impl Write) -> Result<(), Str
     Ok(())
 }
 
-fn say(out: &mut impl Write, what: impl Display) -> Result<(), String> {
-    writeln!(out, "{what}").and_then(|()| out.flush()).map_err(|error| format!("cannot print: {error}"))
+fn say(out: &mut impl Write, what: impl Display) -> Result<(), Broken> {
+    writeln!(out, "{what}").and_then(|()| out.flush()).map_err(|error| match error.kind() {
+        ErrorKind::BrokenPipe => Broken::ReaderLeft,
+        _ => Broken::Failed(format!("cannot write to stdout: {error}")),
+    })
 }
 
 fn introduction(scene: &Scene, stage: &Stage) -> String {
@@ -134,8 +155,9 @@ mod tests {
     async fn it_says_so_when_requests_are_not_answered() {
         let mut out = Vec::new();
         // No retry helps there; with another fault the test would last until weir gives up.
-        let failed = play(&fast(vec![(Fault::InsufficientQuota, 1.0)]), true, &mut out).await.expect_err("no answers");
-        assert!(failed.contains("20 of 20") && failed.contains("429"), "{failed}");
+        let failed = play(&fast(vec![(Fault::InsufficientQuota, 1.0)]), true, &mut out).await;
+        let Err(Broken::Failed(why)) = failed else { panic!("{failed:?}") };
+        assert!(why.contains("20 of 20") && why.contains("429"), "{why}");
         assert!(String::from_utf8(out).expect("text").contains("0/20"));
     }
 

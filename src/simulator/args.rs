@@ -75,22 +75,19 @@ impl Default for ListenOptions {
     }
 }
 
-/// Does what `weir simulate` does, until Ctrl-C.
+/// Does what `weir simulate` does, until Ctrl-C. What it tells its user goes to `say`.
 ///
 /// # Errors
-/// Says why it can't listen.
-pub async fn run(invocation: Invocation) -> Result<(), String> {
+/// Says why it can't listen, and what `say` returns.
+pub async fn run(invocation: Invocation, say: impl Fn(&str) -> Result<(), String>) -> Result<(), String> {
     let (settings, listen) = match invocation {
         Invocation::Serve(settings, listen) => (settings, listen),
-        Invocation::Help => {
-            print!("{HELP}");
-            return Ok(());
-        }
+        Invocation::Help => return say(HELP),
     };
     let cannot = |error| format!("can't listen on {}: {error}; choose another with --listen", listen.address);
     let listener = TcpListener::bind(listen.address).await.map_err(cannot)?;
     let address = listener.local_addr().map_err(cannot)?;
-    println!("{}", welcome(address, settings.key.is_some()));
+    say(&welcome(address, settings.key.is_some()))?;
     serve_until(Simulator::new(*settings), listener, tokio::signal::ctrl_c()).await;
     Ok(())
 }
@@ -110,7 +107,7 @@ fn welcome(address: SocketAddr, asks_for_key: bool) -> String {
         "weir simulate: an OpenAI-compatible gateway on http://{address}/v1 (Ctrl-C ends it). Try:\n\n  \
          curl http://{address}/v1/chat/completions{key} -H 'content-type: application/json' \
          -d '{REVIEW}'\n\n\
-         What happened so far: curl http://{address}/_stats"
+         What happened so far: curl http://{address}/_stats\n"
     )
 }
 
