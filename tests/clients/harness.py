@@ -16,7 +16,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,13 +74,24 @@ def get(url: str) -> tuple[int, str]:
 class Process:
     """A child process whose output is read as it comes and shown when the test fails."""
 
-    def __init__(self, *arguments: str | Path, good_ends: tuple[int, ...] = (0,), program: str | Path = WEIR):
+    def __init__(
+        self,
+        *arguments: str | Path,
+        good_ends: tuple[int, ...] = (0,),
+        program: str | Path = WEIR,
+        descriptors: Sequence[int] = (),
+    ):
         assert Path(program).is_file(), f"{program} is missing: cargo build --release"
         self.name = f"{Path(program).name} {arguments[0]}"
         self.good_ends = good_ends
         self.log: list[str] = []
         self.child = subprocess.Popen(
-            [program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+            [program, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+            pass_fds=descriptors,
         )
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
