@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use toml::de::DeValue;
 
-use super::reader::{FromToml, Section};
+use super::reader::{FromToml, Section, is_a};
 use super::{LimitTable, Secret};
 
 /// weir's own word for the clients that it does not know by name: no client can be called that.
@@ -132,7 +132,7 @@ impl fmt::Display for Weight {
 
 impl FromToml for Weight {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        let wrong = |_| format!("is a {}; write a number from 0.01 to 1000", value.type_str());
+        let wrong = |_| format!("{}; write a number from 0.01 to 1000", is_a(value));
         Self::new(f64::from_toml(value).map_err(wrong)?)
     }
 }

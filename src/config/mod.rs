@@ -18,7 +18,7 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use reader::{Document, FromToml, Section};
+use reader::{Document, FromToml, Section, is_a};
 use toml::de::DeValue;
 use zeroize::Zeroizing;
 
@@ -242,11 +242,10 @@ impl Config {
     /// All that is wrong with it.
     pub fn parse(source: &str, env: &dyn Fn(&str) -> Option<String>) -> Result<Self, Complaints> {
         let document = Document::new(source);
-        let table = document.parse();
-        let config = Self::read(&document.root(table.get_ref()), env);
-        match document.complaints() {
-            none if none.is_empty() => Ok(config),
-            complaints => Err(Complaints(complaints)),
+        let config = document.parse().map(|table| Self::read(&document.root(table.get_ref()), env));
+        match (config, document.complaints()) {
+            (Some(config), none) if none.is_empty() => Ok(config),
+            (_, complaints) => Err(Complaints(complaints)),
         }
     }
 
@@ -263,7 +262,7 @@ impl Config {
     /// The path of every option there is, for the test that holds config.toml against the code.
     pub fn option_paths() -> Vec<String> {
         let document = Document::new("[models.NAME]\n[clients.NAME]\n");
-        let table = document.parse();
+        let table = document.parse().expect("it is TOML");
         Self::read(&document.root(table.get_ref()), &|_| None);
         document.known_keys()
     }
@@ -468,7 +467,7 @@ impl FromToml for Tls {
     /// `{ cert = "file", key = "file" }`.
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         const EXAMPLE: &str = r#"write { cert = "/etc/weir/cert.pem", key = "/etc/weir/key.pem" }"#;
-        let DeValue::Table(table) = value else { return Err(format!("is a {}; {EXAMPLE}", value.type_str())) };
+        let DeValue::Table(table) = value else { return Err(format!("{}; {EXAMPLE}", is_a(value))) };
         let (mut cert, mut key) = (None, None);
         for (name, value) in table {
             let place = match name.get_ref().as_ref() {
@@ -495,7 +494,7 @@ impl FromToml for Duration {
         match value {
             DeValue::Integer(number) => Err(format!("has no unit; write \"{}s\" if it means seconds", number.as_str())),
             DeValue::String(text) => units::parse_duration(text),
-            other => Err(format!("is a {}; write a duration, as in \"30s\"", other.type_str())),
+            other => Err(format!("{}; write a duration, as in \"30s\"", is_a(other))),
         }
     }
 }
@@ -519,7 +518,7 @@ impl FromToml for Size {
         match value {
             DeValue::Integer(number) => Err(format!("has no unit; write \"{}B\" if it means bytes", number.as_str())),
             DeValue::String(text) => units::parse_size(text).map(Self),
-            other => Err(format!("is a {}; write a size, as in \"32MiB\"", other.type_str())),
+            other => Err(format!("{}; write a size, as in \"32MiB\"", is_a(other))),
         }
     }
 }
@@ -531,7 +530,7 @@ impl FromToml for Rate {
         let table = match value {
             DeValue::String(text) => return Rate::parse(text),
             DeValue::Table(table) => table,
-            other => return Err(format!("is a {}; {EXAMPLE}", other.type_str())),
+            other => return Err(format!("{}; {EXAMPLE}", is_a(other))),
         };
         let (mut rate, mut burst) = (None, None);
         for (key, value) in table {

@@ -32,6 +32,10 @@ impl fmt::Display for Complaint {
     }
 }
 
+/// How the parser begins to complain of a number: here that is most likely an address, a rate or a duration without quotes.
+const NUMBER_EXPECTED: [&str; 3] = ["invalid float", "invalid integer", "invalid datetime"];
+const QUOTES: &str = "; text stands in quotes";
+
 /// A value that one TOML value stands for.
 pub trait FromToml: Sized {
     /// # Errors
@@ -52,19 +56,23 @@ impl<'d> Document<'d> {
         Self { source, complaints: RefCell::default(), known: RefCell::default() }
     }
 
-    /// Parses the source; syntax errors become complaints, and what could be read is read all the same.
-    pub fn parse(&self) -> Spanned<DeTable<'d>> {
+    /// Parses the source; `None` where it is no TOML, with a complaint for each syntax error. What could be read all the same
+    /// is of no use: a table whose heading is broken has its keys elsewhere.
+    pub fn parse(&self) -> Option<Spanned<DeTable<'d>>> {
         let (table, errors) = DeTable::parse_recoverable(self.source);
-        for error in errors {
+        for error in &errors {
             let line = error.span().map(|span| self.line_of(span.start));
-            self.complain(line, String::new(), format!("this is not TOML: {}", error.message()));
+            let message = error.message();
+            let hint = if NUMBER_EXPECTED.iter().any(|start| message.starts_with(start)) { QUOTES } else { "" };
+            self.complain(line, String::new(), format!("this is not TOML: {message}{hint}"));
         }
-        table
+        errors.is_empty().then_some(table)
     }
 
     /// The section that stands for the whole document.
     pub fn root<'s>(&'s self, table: &'s DeTable<'s>) -> Section<'s> {
-        Section { document: self, path: String::new(), line: None, table: Some(table), asked: RefCell::default() }
+        let asked = RefCell::default();
+        Section { document: self, path: String::new(), line: None, table: Some(table), asked, is_named: false }
     }
 
     /// Notes something wrong at `path`.
@@ -96,6 +104,8 @@ pub struct Section<'s> {
     line: Option<usize>,
     table: Option<&'s DeTable<'s>>,
     asked: RefCell<Vec<&'s str>>,
+    /// Its last name is the operator's own: a model's or a client's.
+    is_named: bool,
 }
 
 impl<'s> Section<'s> {
@@ -104,23 +114,26 @@ impl<'s> Section<'s> {
         let (line, table) = match self.find(key) {
             Some((line, DeValue::Table(table))) => (Some(line), Some(table)),
             Some((line, other)) => {
-                self.complain_at(
-                    line,
-                    key,
-                    format!("is a {}; write a table, [{}]", other.type_str(), self.path_of(key)),
-                );
+                self.complain_at(line, key, format!("{}; write a table, [{}]", is_a(other), self.path_of(key)));
                 (Some(line), None)
             }
             None => (None, None),
         };
-        Section { document: self.document, path: self.path_of(key), line, table, asked: RefCell::default() }
+        let asked = RefCell::default();
+        Section { document: self.document, path: self.path_of(key), line, table, asked, is_named: false }
     }
 
     /// The tables in the table `key`, with their names: `[models."gpt-4.1-mini"]`.
     pub fn sections(&self, key: &'s str) -> Vec<(&'s str, Section<'s>)> {
         let parent = self.section(key);
         let Some(table) = parent.table else { return Vec::new() };
-        table.keys().map(|name| (name.get_ref().as_ref(), parent.section(name.get_ref().as_ref()))).collect()
+        let names = table.keys().map(|name| name.get_ref().as_ref());
+        let named = |name| {
+            let mut section = parent.section(name);
+            section.is_named = true;
+            (name, section)
+        };
+        names.map(named).collect()
     }
 
     /// The value at `key`; `None` where it is absent or wrong (which is a complaint).
@@ -183,6 +196,14 @@ impl<'s> Section<'s> {
         Some((self.document.line_of(name.span().start), value.get_ref()))
     }
 
+    /// The section whose option a key is that stands above all sections.
+    fn at_home_in(&self, key: &str) -> Option<String> {
+        let known = self.document.known.borrow();
+        let mut paths = known.iter().filter_map(|path| path.split_once('.'));
+        let (section, _) = paths.find(|(_, option)| self.path.is_empty() && *option == key)?;
+        Some(section.to_owned())
+    }
+
     fn path_of(&self, key: &str) -> String {
         let bare = !key.is_empty() && key.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == '-');
         let key = if bare { key.to_owned() } else { format!("{key:?}") };
@@ -195,11 +216,17 @@ impl Drop for Section<'_> {
     fn drop(&mut self) {
         let Some(table) = self.table else { return };
         let asked = self.asked.take();
-        for name in table.keys().filter(|name| !asked.contains(&name.get_ref().as_ref())) {
+        for (name, value) in table.iter().filter(|(name, _)| !asked.contains(&name.get_ref().as_ref())) {
             let line = self.document.line_of(name.span().start);
-            let hint = match nearest(name.get_ref(), &asked) {
-                Some(known) => format!("did you mean {known:?}?"),
-                None => format!("known here: {}", asked.join(", ")),
+            let hint = if self.is_named && value.get_ref().is_table() {
+                let (kind, beginning) = self.path.split_once('.').unwrap_or_default();
+                format!("a name with a dot stands in quotes: [{kind}.\"{beginning}.{}\"]", name.get_ref())
+            } else if let Some(known) = nearest(name.get_ref(), &asked) {
+                format!("did you mean {known:?}?")
+            } else if let Some(section) = self.at_home_in(name.get_ref()) {
+                format!("it belongs below [{section}]")
+            } else {
+                format!("known here: {}", asked.join(", "))
             };
             self.complain_at(line, name.get_ref(), format!("is not an option; {hint}"));
         }
@@ -227,23 +254,30 @@ fn edit_distance(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
+/// What a value is, to begin a complaint with.
+pub fn is_a(value: &DeValue<'_>) -> String {
+    let kind = value.type_str();
+    let article = if kind.starts_with(['a', 'i']) { "an" } else { "a" };
+    format!("is {article} {kind}")
+}
+
 impl FromToml for String {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        let wrong = || format!("is a {}; write text in quotes", value.type_str());
+        let wrong = || format!("{}; write text in quotes", is_a(value));
         value.as_str().map(str::to_owned).ok_or_else(wrong)
     }
 }
 
 impl FromToml for bool {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
-        value.as_bool().ok_or_else(|| format!("is a {}; write true or false", value.type_str()))
+        value.as_bool().ok_or_else(|| format!("{}; write true or false", is_a(value)))
     }
 }
 
 impl FromToml for u32 {
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let Some(integer) = value.as_integer() else {
-            return Err(format!("is a {}; write a whole number, without quotes", value.type_str()));
+            return Err(format!("{}; write a whole number, without quotes", is_a(value)));
         };
         Self::from_str_radix(integer.as_str(), integer.radix())
             .map_err(|_| format!("{} is out of range; write a number from 0 to {}", integer.as_str(), Self::MAX))

@@ -171,7 +171,7 @@ fn a_certificate_and_its_key_are_named_by_their_files() {
         ("true", "write { cert"),
         ("{ cert = \"a\" }", "both a certificate and its key"),
         ("{ cert = \"a\", key = \"b\", ca = \"c\" }", "\"ca\" is not part"),
-        ("{ cert = 1, key = \"b\" }", "cert is a integer"),
+        ("{ cert = 1, key = \"b\" }", "cert is an integer"),
         ("{ cert = \"a\", key = \"\" }", "key has to be the name of a file"),
         ("{ cert = \"a\", key = \"-----BEGIN PRIVATE KEY-----secret\" }", "key has to be the name of a file"),
     ] {
@@ -283,6 +283,47 @@ fn a_name_that_is_too_long_and_a_client_too_many_are_refused() {
 fn a_syntax_error_has_its_line() {
     let found = complaints("[server]\nlisten = \n[queue]\nmax_wait = \"1s\"\n");
     assert!(found[0].starts_with("line 2: this is not TOML"), "{found:?}");
+}
+
+#[test]
+fn behind_a_syntax_error_nothing_is_made_up() {
+    for source in [
+        "[limits\nconcurrency = 3\nrequests = \"600/min\"\n",
+        "[clients.a]\nkey \"env:KEY\"\n",
+        "[models.\"gpt-4.1-mini]\nconcurrency = 3\n",
+        "[upstream]\napi_key = \"env:MISSING\n",
+    ] {
+        let found = complaints(source);
+        assert!(found.iter().all(|complaint| complaint.contains("this is not TOML")), "{source}: {found:?}");
+    }
+}
+
+#[test]
+fn text_without_quotes_is_told_to_stand_in_some() {
+    for text in ["127.0.0.1:8080", "600/min", "32MiB", "30s", "5min", "localhost:8080", "0.0.0.0:80", "https://a.b/v1"]
+    {
+        let found = complaints(&format!("[server]\nlisten = {text}\n"));
+        assert!(
+            found.len() == 1 && found[0].starts_with("line 2: ") && found[0].contains("quote"),
+            "{text}: {found:?}"
+        );
+    }
+}
+
+#[test]
+fn a_key_or_a_name_in_the_wrong_place_is_told_the_right_one() {
+    for (source, mend) in [
+        ("listen = \"127.0.0.1:1\"\n", "line 1: listen: is not an option; it belongs below [server]"),
+        ("requests = \"1/s\"\n", "line 1: requests: is not an option; it belongs below [limits]"),
+        ("[models.gpt-4.1-mini]\n", "a name with a dot stands in quotes: [models.\"gpt-4.1-mini\"]"),
+        ("[clients.a.b]\nkey = \"k\"\n", "a name with a dot stands in quotes: [clients.\"a.b\"]"),
+        ("[queue]\nmax_waiting = \"7\"\n", "line 2: queue.max_waiting: is a string; "),
+        ("[limits]\ntokens = 7\n", "line 2: limits.tokens: is an integer; "),
+        ("limits = [7]\n", "line 1: limits: is an array; "),
+    ] {
+        let found = complaints(source);
+        assert!(found.iter().any(|complaint| complaint.contains(mend)), "{source}: {found:?}");
+    }
 }
 
 #[test]
