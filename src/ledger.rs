@@ -342,6 +342,10 @@ impl Ledger {
     fn note_error(&self, (client, model): (Arc<str>, Arc<str>), outcome: Outcome, failure: Option<Failure>) {
         let status = self.status.unwrap_or_default();
         let cause = failure.as_ref().map(|failure| failure.cause);
+        let request_id = String::from_utf8_lossy(&self.request_id).into_owned();
+        if let Some(failure) = &failure {
+            self.log(&request_id, (&client, &model), outcome, failure);
+        }
         let (message, scope) = match failure {
             Some(failure) => (failure.message, failure.scope),
             None if status.is_success() => {
@@ -351,7 +355,7 @@ impl Ledger {
         };
         self.books.recent_errors.push(RecentError {
             at: SystemTime::now(),
-            request_id: String::from_utf8_lossy(&self.request_id).into_owned(),
+            request_id,
             client,
             model,
             status: status.as_u16(),
@@ -362,6 +366,23 @@ impl Ledger {
             message,
             attempts: self.attempts,
         });
+    }
+
+    /// A line in weir's own log, with what finds the request's in the access log.
+    fn log(&self, request_id: &str, (client, model): (&str, &str), outcome: Outcome, failure: &Failure) {
+        let (code, attempts) = (failure.cause.code(), self.attempts);
+        match (RefusedBy::of(failure.cause), outcome) {
+            (Some(by), _) => {
+                let refused_by = by.label();
+                tracing::debug!(request_id, client, model, refused_by, code, attempts, error = %failure, "refused");
+            }
+            (None, Outcome::Failed) => {
+                tracing::warn!(request_id, client, model, code, attempts, error = %failure, "failed");
+            }
+            (None, _) => {
+                tracing::warn!(request_id, client, model, code, attempts, error = %failure, "an answer broke off");
+            }
+        }
     }
 }
 

@@ -196,7 +196,6 @@ impl Relay {
         let open_ended =
             self.hiding.is_some() || self.source.rest.as_ref().is_some_and(|rest| rest.size_hint().exact().is_none());
         let says_so = open_ended && self.is_between_events();
-        tracing::warn!(error = %why, "an answer broke off");
         self.settle(false);
         // An event that was held back half is not passed on.
         self.hiding = None;

@@ -352,6 +352,30 @@ fn without_a_choice_it_goes_to_stderr_in_whole_lines_beside_weirs_own_log() {
 }
 
 #[test]
+fn a_warning_about_a_request_has_what_finds_its_line_in_the_access_log() {
+    let nobody = TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a free port");
+    let cutting = Gateway::start(&["--first-token", "1ms", "--per-token", "1ms", "--fault", "cut-event=1"]);
+    for (gateway, body, message) in
+        [(nobody.to_string(), CHAT, "\"failed\""), (cutting.address.clone(), STREAM, "\"an answer broke off\"")]
+    {
+        let file = config_file("");
+        let tables = format!("[retry]\nmax_retries = 0\n[log]\naccess = {file:?}\n[models.\"gpt-4.1-mini\"]\n");
+        let mut weir = Weir::start_with(&format!("http://{gateway}/v1"), &tables, |_| {});
+        let answer = chat(weir.address, body);
+        drop(answer.rest());
+        let warning: serde_json::Value = serde_json::from_str(&weir.program.says(message)).expect("a JSON line");
+        weir.program.terminate();
+        assert_eq!(weir.program.ends().code(), Some(0));
+        let line = &lines_of(&file)[0];
+        assert_eq!((warning["level"].as_str(), line["model"].as_str()), (Some("WARN"), Some("gpt-4.1-mini")));
+        for field in ["request_id", "client", "model", "code", "attempts"] {
+            assert!(!line[field].is_null() && warning[field] == line[field], "{field}: {warning} and {line}");
+        }
+        assert!(warning["error"].as_str().is_some_and(|error| !error.is_empty()), "{warning}");
+    }
+}
+
+#[test]
 fn an_access_log_that_cannot_be_opened_is_said_at_the_start() {
     let file = config_file("");
     let access = file.join("access.log");

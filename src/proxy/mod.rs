@@ -467,14 +467,10 @@ impl Proxy {
         let outcome = match RefusedBy::of(failure.cause) {
             Some(by) => {
                 ledger.refused(by);
-                tracing::debug!(refused_by = by.label(), code = failure.cause.code(), message = %failure, "refused");
                 Outcome::Refused
             }
             None if failure.cause.is_clients_fault() => Outcome::ClientError,
-            None => {
-                tracing::warn!(code = failure.cause.code(), attempts = ledger.attempts(), error = %failure, "failed");
-                Outcome::Failed
-            }
+            None => Outcome::Failed,
         };
         Guard::of(failure.cause).into_iter().for_each(|guard| self.metrics().guard(guard));
         let response = failure.response(endpoint);
