@@ -206,6 +206,7 @@ impl Gate {
             Place::Permit(permit) => return Ok(permit),
             Place::Waiting(ticket, turn) => (ticket, turn),
         };
+        let since = Instant::now();
         // Given up at the await below, the guard takes the ticket out of the queue; a permit already in the channel
         // is dropped with it, and gives its slots back like any other.
         let mut place = PlaceInQueue { gate: self, ticket: Some(ticket) };
@@ -220,7 +221,7 @@ impl Gate {
                 // A bucket may refill at this very moment; the waiter whose cell that is gets it.
                 self.change(|_, _| ());
                 match self.change(|queue, now| queue.expire(ticket, now)) {
-                    Some(refusal) => Err(refusal),
+                    Some(refusal) => Err(Refusal { waited: Some(since.elapsed()), ..refusal }),
                     None => turn.await.unwrap_or_else(|_| Err(Refusal::draining())),
                 }
             }

@@ -16,8 +16,10 @@ pub struct Refusal {
     pub scope: Option<Scope>,
     /// The limit in words.
     pub limit: String,
-    /// How long it would have to wait.
+    /// How long it would have to wait from now on.
     pub wait: Duration,
+    /// How long it has waited, where its time ran out in the queue.
+    pub waited: Option<Duration>,
     /// How long it is allowed to wait.
     pub allowed: Duration,
     /// When a new try would be taken into the queue and served in time.
@@ -33,6 +35,7 @@ impl Refusal {
             scope: None,
             limit: String::new(),
             wait: none,
+            waited: None,
             allowed: none,
             retry_after: AFTER_DRAIN,
         }
@@ -41,17 +44,23 @@ impl Refusal {
     fn message(&self) -> String {
         let back = tenths(self.retry_after);
         let Self { limit, allowed, .. } = self;
-        match self.cause {
-            Cause::Draining => "weir is about to stop; try again in a second, another instance will answer".to_owned(),
-            Cause::QueueFull => format!("weir's queue is full, held up by {limit}; try again in {back}"),
-            Cause::Unavailable => format!(
+        match (self.cause, self.waited) {
+            (Cause::Draining, _) => {
+                "weir is about to stop; try again in a second, another instance will answer".to_owned()
+            }
+            (Cause::QueueFull, _) => format!("weir's queue is full, held up by {limit}; try again in {back}"),
+            (Cause::Unavailable, _) => format!(
                 "the gateway fails, or has too much to do{}, and weir does not wait for it any longer; try again in {back}",
                 match &self.scope {
                     Some(Scope::Model(name)) => format!(" for model {name}"),
                     Some(Scope::Global | Scope::Client(_)) | None => String::new(),
                 }
             ),
-            _ => format!(
+            (_, Some(waited)) => format!(
+                "{limit} held this request up for {}, as long as it may wait; try again in {back}",
+                tenths(waited)
+            ),
+            (_, None) => format!(
                 "{limit} is used up: the wait would be about {}, and {} is allowed; try again in {back}",
                 tenths(self.wait),
                 format_duration(*allowed)

@@ -147,8 +147,9 @@ impl Proxy {
         };
         // A client that waits for an answer waits for the gateway too.
         let patience = call.patience.map_or(Duration::MAX, |patience| patience.saturating_sub(first_byte));
-        let mut max_wait = clients.max_wait(client).unwrap_or(config.queue.max_wait).min(patience);
-        let mut until = arrived + max_wait.min(config.timeouts.deadline);
+        let bound = patience.min(config.timeouts.deadline);
+        let mut max_wait = clients.max_wait(client).unwrap_or(config.queue.max_wait).min(bound);
+        let mut until = arrived + max_wait;
         if !call.body.is_whole() {
             max_wait = max_wait.min(MAX_UPLOAD_WAIT);
             // From now: its beginning may have taken longer than that to come.

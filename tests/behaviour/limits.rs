@@ -71,7 +71,23 @@ async fn who_has_waited_max_wait_for_a_slot_is_refused() {
     let refused = world.chat().await;
     assert_eq!(world.elapsed(), 3000);
     assert_eq!((refused.status.as_u16(), refused.code()), (503, "concurrency_exhausted".to_owned()));
+    let held_up =
+        "the limit of 1 requests at a time held this request up for 3.0 s, as long as it may wait; try again in ";
+    assert!(refused.text().contains(held_up), "{}", refused.text());
     assert_eq!(world.in_flight_and_waiting(), (1.0, 0.0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_waits_longer_than_the_deadline_and_the_hint_knows_it() {
+    let limits = "[limits]\nrequests = { rate = \"1/min\", burst = 1 }\n[queue]\nmax_wait = \"1h\"\n";
+    let world = World::new(&format!("{limits}[timeouts]\ndeadline = \"20s\"\n"), |_| completion());
+    assert_eq!(world.chat().await.status, 200);
+    let refused = world.chat().await;
+    assert_eq!((refused.status.as_u16(), refused.header("retry-after"), world.elapsed()), (429, "40", 0));
+    let why = "the request limit of 1/min is used up: the wait would be about 60.0 s, and 20s is allowed";
+    assert!(refused.text().contains(why), "{}", refused.text());
+    tokio::time::sleep(Duration::from_secs(41)).await;
+    assert_eq!(world.chat().await.status, 200, "who comes back when told is served");
 }
 
 #[tokio::test(start_paused = true)]

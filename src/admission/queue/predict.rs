@@ -105,6 +105,7 @@ impl<W> Queue<W> {
             scope: Some(limit.scope.clone()),
             limit: limit.to_string(),
             wait,
+            waited: None,
             allowed,
             retry_after: back - now,
         }
