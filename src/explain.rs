@@ -55,7 +55,7 @@ pub struct Arguments {
     pub client: Option<String>,
     pub model: Option<String>,
     pub tokens: Option<u64>,
-    pub admin: Option<String>,
+    pub admin: Option<Admin>,
     pub config: Option<PathBuf>,
     pub json: bool,
 }
@@ -72,6 +72,14 @@ pub struct Told {
     pub text: String,
     /// The request would be refused.
     pub refused: bool,
+}
+
+/// The listener to ask.
+#[derive(Debug)]
+pub struct Admin {
+    /// As it was written.
+    url: String,
+    place: Place,
 }
 
 /// Where the listener is.
@@ -95,7 +103,7 @@ impl Arguments {
                 Long("client") => arguments.client = Some(parser.value()?.string()?),
                 Long("model") => arguments.model = Some(parser.value()?.string()?),
                 Long("tokens") => arguments.tokens = Some(parser.value()?.parse()?),
-                Long("admin") => arguments.admin = Some(parser.value()?.string()?),
+                Long("admin") => arguments.admin = Some(Admin::parse(&parser.value()?.string()?)?),
                 Short('c') | Long("config") => arguments.config = Some(parser.value()?.into()),
                 Long("json") => arguments.json = true,
                 other => return Err(other.unexpected()),
@@ -118,16 +126,25 @@ impl Arguments {
 /// # Errors
 /// That weir is not there, wants a token, or does not know the client; with what to do about it.
 pub async fn ask(arguments: &Arguments, config: Option<&Config>) -> Result<Told, String> {
-    let admin = match (&arguments.admin, config) {
-        (Some(url), _) => url.clone(),
-        (None, Some(config)) => url_of(&config.server.admin_listen),
-        (None, None) => DEFAULT_ADMIN.to_owned(),
+    let url_of_config =
+        || config.map_or_else(|| DEFAULT_ADMIN.to_owned(), |config| url_of(&config.server.admin_listen));
+    let by_config;
+    let Admin { url: admin, place } = match &arguments.admin {
+        Some(given) => given,
+        None => {
+            by_config = Admin::parse(&url_of_config())?;
+            &by_config
+        }
     };
-    let token = match std::env::var(TOKEN_VARIABLE) {
-        Ok(token) => Some(Secret::resolve(&token, &|_| None).map_err(|_| format!("{TOKEN_VARIABLE} is no token"))?),
-        Err(_) => config.and_then(|config| config.server.admin_token.clone()),
+    let (token, from) = match std::env::var(TOKEN_VARIABLE).ok().filter(|token| !token.is_empty()) {
+        Some(token) => {
+            let token = Secret::resolve(&token, &|_| None).map_err(|error| format!("{TOKEN_VARIABLE}: {error}"))?;
+            (Some(token), TOKEN_VARIABLE)
+        }
+        None => (config.and_then(|config| config.server.admin_token.clone()), "--config"),
     };
-    let fetched = tokio::time::timeout(PATIENCE, fetch(&admin, &arguments.path_and_query(), token.as_ref())).await;
+    let path = arguments.path_and_query();
+    let fetched = tokio::time::timeout(PATIENCE, fetch(admin, place, &path, token.as_ref())).await;
     let (status, body) = fetched.map_err(|_| format!("{admin} does not answer within {} s", PATIENCE.as_secs()))??;
     let parsed: Option<Value> = serde_json::from_slice(&body).ok();
     match (status, parsed) {
@@ -135,6 +152,10 @@ pub async fn ask(arguments: &Arguments, config: Option<&Config>) -> Result<Told,
             text: if arguments.json { format!("{answer:#}\n") } else { in_words(&answer) },
             refused: answer["next"] == "is refused",
         }),
+        (StatusCode::UNAUTHORIZED, _) if token.is_some() => Err(format!(
+            "{admin} does not take the admin token of {from}: it is the one of the configuration in force, since the last start \
+             or reload; {TOKEN_VARIABLE} comes before --config"
+        )),
         (StatusCode::UNAUTHORIZED, _) => Err(format!(
             "{admin} asks for the admin token: set {TOKEN_VARIABLE}, or give --config with server.admin_token in it"
         )),
@@ -142,19 +163,25 @@ pub async fn ask(arguments: &Arguments, config: Option<&Config>) -> Result<Told,
             Err(format!("{admin} refuses to answer: {}", printable(String::from_utf8_lossy(&body).trim())))
         }
         (StatusCode::NOT_FOUND, Some(answer)) if answer["error"].is_string() => Err(unknown_client(&answer)),
-        (status, _) => Err(format!("{admin} answers {status}, and not as weir's admin listener does")),
+        (status, _) => Err(format!(
+            "{admin} answers {status}, and not as weir's admin listener does; is it server.admin_listen, not server.listen?"
+        )),
     }
 }
 
-async fn fetch(admin: &str, path: &str, token: Option<&Secret>) -> Result<(StatusCode, Vec<u8>), String> {
-    let place = Place::parse(admin)?;
+async fn fetch(
+    admin: &str,
+    place: &Place,
+    path: &str,
+    token: Option<&Secret>,
+) -> Result<(StatusCode, Vec<u8>), String> {
     let not_there = |error: std::io::Error| {
         format!(
             "no weir answers at {admin} ({error}); is it running? --admin URL says where its admin listener is, and --config \
              FILE reads it from the configuration"
         )
     };
-    match &place {
+    match place {
         Place::Tcp { host, port } => {
             let stream = TcpStream::connect((host.as_str(), *port)).await.map_err(not_there)?;
             let host = if host.contains(':') { format!("[{host}]") } else { host.clone() };
@@ -197,17 +224,26 @@ async fn get(
     }
 }
 
+impl Admin {
+    fn parse(url: &str) -> Result<Self, String> {
+        Ok(Self { url: url.to_owned(), place: Place::parse(url)? })
+    }
+}
+
 impl Place {
     fn parse(url: &str) -> Result<Self, String> {
-        let wrong = || format!("{url:?} is not where an admin listener can be; write http://HOST:PORT or unix:/PATH");
+        let wrong = || {
+            let why = if url.starts_with("https:") { ", which speaks plain HTTP" } else { "" };
+            format!("--admin: {url:?} is not where an admin listener can be{why}; write http://HOST:PORT or unix:/PATH")
+        };
         if let Some(path) = url.strip_prefix("unix:") {
-            return Ok(Self::Unix(path.into()));
+            return if path.is_empty() { Err(wrong()) } else { Ok(Self::Unix(path.into())) };
         }
         let authority = url.strip_prefix("http://").unwrap_or(url).trim_end_matches('/');
         let (host, port) = authority.rsplit_once(':').ok_or_else(wrong)?;
         let port = port.parse().map_err(|_| wrong())?;
         let host = host.trim_start_matches('[').trim_end_matches(']');
-        if host.is_empty() || host.contains(['/', '@']) {
+        if host.is_empty() || host.contains(['/', '@', '?', ' ']) {
             Err(wrong())
         } else {
             Ok(Self::Tcp { host: host.to_owned(), port })
@@ -264,10 +300,14 @@ fn write_all(text: &mut String, answer: &Value) -> std::fmt::Result {
     if let Some(note) = model["note"].as_str() {
         writeln!(text, "  note: {note}")?;
     }
+    if answer["state"] == "draining" {
+        writeln!(text, "  note: this weir is about to stop, and takes nobody new once server.lame_duck is over")?;
+    }
     let (expected, allowed) = (duration(&answer["expected_wait_seconds"]), duration(&answer["max_wait_seconds"]));
     let next = match answer["next"].as_str().unwrap_or_default() {
         "passes" => "passes at once".to_owned(),
         "waits" => format!("waits about {expected}, of {allowed} allowed"),
+        _ if answer["held_by"].is_null() => "is refused".to_owned(),
         _ => format!("is refused (expected wait {expected}, allowed {allowed})"),
     };
     writeln!(text, "\nThe next request {next}.\n  {}", string(&answer["why"]))?;
@@ -276,7 +316,7 @@ fn write_all(text: &mut String, answer: &Value) -> std::fmt::Result {
         writeln!(text, "  that limit is {whose}")?;
     }
     writeln!(text, "\nLimits on its way")?;
-    write_limits(text, &answer["limits"], "  ")?;
+    write_limits(text, &answer["limits"], "  ", "none")?;
     let queue = &answer["queue"];
     writeln!(
         text,
@@ -293,10 +333,10 @@ fn write_all(text: &mut String, answer: &Value) -> std::fmt::Result {
     write_lanes(text, answer)
 }
 
-fn write_limits(text: &mut String, limits: &Value, indent: &str) -> std::fmt::Result {
+fn write_limits(text: &mut String, limits: &Value, indent: &str, none: &str) -> std::fmt::Result {
     let limits = limits.as_array().map(Vec::as_slice).unwrap_or_default();
     if limits.is_empty() {
-        return writeln!(text, "{indent}none");
+        return writeln!(text, "{indent}{none}");
     }
     for limit in limits {
         let level = match (limit["used"].as_f64(), limit["capacity"].as_f64()) {
@@ -345,7 +385,7 @@ fn write_lanes(text: &mut String, answer: &Value) -> std::fmt::Result {
             let gives_up = duration(&lane["breaker"]["gives_up_in_seconds"]);
             writeln!(text, "    breaker open: the gateway has failed for {failing}; all are refused in {gives_up}")?;
         }
-        write_limits(text, &lane["limits"], "    ")?;
+        write_limits(text, &lane["limits"], "    ", "no limit was learned")?;
     }
     match answer["lanes_not_listed"].as_u64() {
         Some(more @ 1..) => writeln!(text, "  and {more} more lanes"),
@@ -391,8 +431,8 @@ mod tests {
             panic!("they are right");
         };
         assert_eq!(arguments.path_and_query(), "/explain?client=a%26b&model=gpt-4.1%2Fx&tokens=7");
-        assert!(arguments.json && arguments.admin.as_deref() == Some("http://h:1"));
-        for wrong in ["--tokens many", "--client", "--port 1", "gpt-4.1"] {
+        assert!(arguments.json && arguments.admin.is_some_and(|admin| admin.url == "http://h:1"));
+        for wrong in ["--tokens many", "--client", "--port 1", "gpt-4.1", "--admin nowhere", "--admin unix:"] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
         assert!(matches!(parse("--client a --help"), Ok(Invocation::Help)));
@@ -412,9 +452,10 @@ mod tests {
         assert_eq!(Place::parse("http://localhost:9090/"), Ok(tcp("localhost", 9090)));
         assert_eq!(Place::parse("[::1]:9"), Ok(tcp("::1", 9)));
         assert_eq!(Place::parse("unix:/run/weir.sock"), Ok(Place::Unix("/run/weir.sock".into())));
-        for wrong in ["http://localhost", "ftp://x:1x", "http://:9", "http://a/b:9", "http://user@h:9"] {
+        for wrong in ["http://localhost", "ftp://x:1x", "http://:9", "http://a/b:9", "http://user@h:9", "unix:"] {
             assert!(Place::parse(wrong).is_err(), "{wrong}");
         }
+        assert!(Place::parse("https://h:9").is_err_and(|message| message.contains("plain HTTP")));
     }
 
     #[test]

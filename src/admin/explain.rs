@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::limit::{Breaker, CoolDown, HeldBy, LimitStatus, rounded, seconds};
+use super::status::state;
 use crate::admission::{Lane, LaneView, Level, LimitView, Newcomer, Outlook, Scope};
 use crate::clients::{ClientId, Clients, Tenant};
 use crate::config::Mode;
@@ -16,6 +17,9 @@ use crate::proxy::Proxy;
 
 /// A request is taken to be of that size where nothing was seen yet.
 const UNKNOWN_TOKENS: u64 = 1000;
+
+/// What is said of a request that would be.
+const REFUSED: &str = "is refused";
 
 /// What is asked.
 #[derive(Debug, Default)]
@@ -32,6 +36,8 @@ pub struct Question {
 #[derive(Debug, Serialize)]
 pub struct Explanation {
     schema: u32,
+    /// As in /status.json.
+    state: &'static str,
     client: ClientPart,
     model: ModelPart,
     /// What the request is taken to cost, and why that.
@@ -100,11 +106,11 @@ pub struct Unknown {
 }
 
 impl Explanation {
-    /// What awaits such a request at this proxy, of which so much was counted so far.
+    /// What awaits such a request at this proxy, of which so much was counted so far. `ready` says that it is not about to stop.
     ///
     /// # Errors
     /// The client is not known.
-    pub fn of(question: &Question, proxy: &Proxy, reading: &Reading) -> Result<Self, Unknown> {
+    pub fn of(question: &Question, proxy: &Proxy, reading: &Reading, ready: bool) -> Result<Self, Unknown> {
         let (clients, config) = (proxy.clients(), proxy.config());
         let client = client_of(question, &clients)?;
         let (model, part) = model_of(question, proxy);
@@ -117,10 +123,12 @@ impl Explanation {
         let waiting: u64 = gauges.models.iter().map(|model| model.waiting).sum();
         let of_model: u64 = outlook.lanes.iter().map(|lane| lane.waiting).sum();
         let max_wait = clients.max_wait(client).unwrap_or(config.queue.max_wait).min(config.timeouts.deadline);
-        let is_full = waiting >= gauges.waiting_limit;
-        let (next, why) = verdict(&outlook, max_wait, is_full);
+        let is_stranger = client == ClientId::NONE && !config.clients.is_empty();
+        let (next, why) = if is_stranger { turned_away(&clients) } else { verdict(&outlook, max_wait) };
+        let held_by = if is_stranger { None } else { held_by(&outlook) };
         Ok(Self {
             schema: 1,
+            state: state(ready),
             client: ClientPart {
                 name: clients.name(client).clone(),
                 weight: f64::from(newcomer.weight.thousandths()) / 1000.0,
@@ -132,7 +140,7 @@ impl Explanation {
             next,
             expected_wait_seconds: seconds(outlook.expected),
             max_wait_seconds: seconds(max_wait),
-            held_by: held_by(&outlook),
+            held_by,
             why,
             limits: outlook.path.iter().flat_map(LimitStatus::of).collect(),
             queue: QueuePart {
@@ -161,6 +169,18 @@ impl LanePart {
             breaker: Breaker::of(&lane.pace),
         }
     }
+}
+
+/// What becomes of a request without the key of a client, where there are clients.
+fn turned_away(clients: &Clients) -> (&'static str, String) {
+    let names: Vec<&str> = clients.ids().map(|id| &**clients.name(id)).collect();
+    let who = names.join(", ");
+    (
+        REFUSED,
+        format!(
+            "weir has [clients], and answers 401 (invalid_api_key) to a request without a key of theirs; there are: {who}"
+        ),
+    )
 }
 
 fn client_of(question: &Question, clients: &Clients) -> Result<ClientId, Unknown> {
@@ -208,25 +228,22 @@ fn held_by(outlook: &Outlook) -> Option<HeldBy> {
 }
 
 /// What would become of it, in a word and in a sentence.
-fn verdict(outlook: &Outlook, max_wait: Duration, queue_is_full: bool) -> (&'static str, String) {
+fn verdict(outlook: &Outlook, max_wait: Duration) -> (&'static str, String) {
     // Whoever tries whether a gateway is back that was given up has nothing in its way.
     let Some(held) = held_by(outlook) else {
         return ("passes", "nothing is in its way".to_owned());
     };
     if outlook.given_up {
-        return (
-            "is refused",
-            "the gateway has failed for so long (breaker.give_up) that nobody waits for it".to_owned(),
-        );
-    }
-    if queue_is_full {
-        return ("is refused", format!("the queue is full (queue.max_waiting), held up by {}", held.text));
+        return (REFUSED, "the gateway has failed for so long (breaker.give_up) that nobody waits for it".to_owned());
     }
     let last = outlook.last.and_then(|place| outlook.path.get(place)).map(|limit| HeldBy::of(limit, None).text);
     let also = last.filter(|text| outlook.last != outlook.held_up_by.map(|(place, _)| place) && *text != held.text);
     let also = also.map_or_else(String::new, |text| format!("; then {text} takes longest"));
     if outlook.at_least > max_wait {
-        return ("is refused", format!("{}{also}; that takes longer than it may wait", held.text));
+        return (REFUSED, format!("{}{also}; that takes longer than it may wait", held.text));
+    }
+    if outlook.no_place {
+        return (REFUSED, format!("the queue is full (queue.max_waiting), held up by {}", held.text));
     }
     if outlook.expected > max_wait {
         let why = "that is expected to take longer than it may wait: it may be refused, at once or when its time is up";

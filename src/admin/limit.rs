@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::admission::{Hold, Level, LimitView, PaceView, Scope, ToldView, Why};
+use crate::admission::{Hold, Level, LimitView, PaceView, Scope, ToldView, Why, some_requests};
 use crate::config::Mode;
 use crate::config::units::Rate;
 
@@ -179,9 +179,12 @@ impl HeldBy {
             (Level::Tokens { rate, .. }, _) => {
                 ("configuration", "tokens", "configured", format!("the limit of {rate} tokens{of}"))
             }
-            (Level::Concurrency { limit, .. }, _) => {
-                ("configuration", "concurrency", "configured", format!("the limit of {limit} requests at a time{of}"))
-            }
+            (Level::Concurrency { limit, .. }, _) => (
+                "configuration",
+                "concurrency",
+                "configured",
+                format!("the limit of {} at a time{of}", some_requests(limit)),
+            ),
             (Level::Pace(pace), hold) => by_pace(&pace, hold, of),
         };
         let (scope, name) = scope_and_name(&view.scope);
@@ -214,8 +217,8 @@ fn by_pace(pace: &PaceView, hold: Option<Hold>, of: String) -> (&'static str, &'
             )
         }
         Some(Hold::Slots) | None => {
-            let slots = pace.slots.map_or_else(String::new, |slots| format!("{} ", slots.limit));
-            ("concurrency", "adaptive", format!("the {slots}requests at a time{of} that the gateway was found to take"))
+            let slots = pace.slots.map_or_else(|| "requests".to_owned(), |slots| some_requests(slots.limit));
+            ("concurrency", "adaptive", format!("the {slots} at a time{of} that the gateway was found to take"))
         }
     };
     ("gateway", what, source, text)

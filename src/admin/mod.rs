@@ -279,7 +279,7 @@ impl Admin {
     }
 
     fn explain(&self, question: &Question) -> Answer {
-        match Explanation::of(question, &self.proxy, &self.proxy.metrics().read()) {
+        match Explanation::of(question, &self.proxy, &self.proxy.metrics().read(), self.is_ready()) {
             Ok(explanation) => json(StatusCode::OK, &explanation),
             Err(unknown) => json(StatusCode::NOT_FOUND, &unknown),
         }

@@ -273,6 +273,11 @@ pub struct Sources<'a> {
     pub line: Option<ModelId>,
 }
 
+/// Whether weir is about to stop, in a word.
+pub fn state(ready: bool) -> &'static str {
+    if ready { "ready" } else { "draining" }
+}
+
 impl Status {
     /// Everything, as JSON.
     pub fn of(mut from: Sources<'_>) -> Self {
@@ -290,7 +295,7 @@ impl Status {
             version: env!("CARGO_PKG_VERSION"),
             time_unix_seconds: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, seconds),
             uptime_seconds: seconds(from.now.saturating_duration_since(from.started)),
-            state: if from.ready { "ready" } else { "draining" },
+            state: state(from.ready),
             gateway: from.gateway.clone(),
             connections: Connections {
                 clients: from.gauges.client_connections,

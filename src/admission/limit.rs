@@ -411,12 +411,17 @@ fn mark(scope: &Scope, measure: &Measure) -> u16 {
     }
 }
 
+/// So many requests, in words.
+pub fn some_requests(count: u32) -> String {
+    if count == 1 { "1 request".to_owned() } else { format!("{count} requests") }
+}
+
 impl fmt::Display for Limit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.measure {
             Measure::Requests(bucket) => write!(f, "the request limit of {}", bucket.rate())?,
             Measure::Tokens(bucket) => write!(f, "the limit of {} tokens", bucket.rate())?,
-            Measure::Concurrency(slots) => write!(f, "the limit of {} requests at a time", slots.limit())?,
+            Measure::Concurrency(slots) => write!(f, "the limit of {} at a time", some_requests(slots.limit()))?,
             Measure::Pace(_) => f.write_str("what the gateway takes")?,
         }
         match &self.scope {

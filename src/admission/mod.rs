@@ -46,7 +46,7 @@ use slots::Slots;
 
 pub use bytes::{ByteBudget, HeldBytes, NoRoom};
 pub use estimate::{Cost, Size};
-pub use limit::{Rank, Scope};
+pub use limit::{Rank, Scope, some_requests};
 pub use pace::{Heard, Signal};
 pub use pace::{Hold, PaceView, SlotsView, ToldView, Why};
 pub use queue::{Echo, Lane, LaneView, Level, LimitView, ModelView, Newcomer, Outlook, Survey, Waiting, Who};

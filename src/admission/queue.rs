@@ -263,8 +263,8 @@ impl<W> Queue<W> {
             let cause = self.limits[limit.0].cause(ask.cost.tokens(), now);
             return Offer::Refused(self.refuse(id, limit, cause, ask.cost, ask.max_wait, now));
         }
-        let full = self.waiting >= self.rules.max_waiting && !ask.again;
-        let displaced = if full { self.whom_to_displace(id) } else { None };
+        let full = self.is_full() && !ask.again;
+        let displaced = if full { self.whom_to_displace(Some(self.flows[id.0].tenant), ask.weight) } else { None };
         if full && displaced.is_none() {
             return Offer::Refused(self.refuse(id, blocker, Cause::QueueFull, ask.cost, ask.max_wait, now));
         }
@@ -773,13 +773,19 @@ impl<W> Queue<W> {
         self.timers.extend(wanted.map(|at| (at, id)));
     }
 
-    /// Another tenant's waiter to give up its place in a full queue: the last of the one that fills it most, if this flow's
-    /// tenant would still have less of it than that one. A retry is nobody's to displace: it was let through before.
-    fn whom_to_displace(&self, id: FlowId) -> Option<Ticket> {
-        let share = |tenant: TenantId, waiting: u64| Virtual::of(waiting, self.tenants.share(tenant).weight);
-        let (own, other) = (self.flows[id.0].tenant, self.tenants.heaviest()?);
-        let (own_waiting, others_waiting) = (self.tenants.share(own).waiting, self.tenants.share(other).waiting);
-        if own == other || share(own, own_waiting + 1) > share(other, others_waiting - 1) {
+    fn is_full(&self) -> bool {
+        self.waiting >= self.rules.max_waiting
+    }
+
+    /// Another tenant's waiter to give up its place in a full queue: the last of the one that fills it most, if this tenant (none
+    /// where it is not known yet) would still have less of it than that one. A retry is nobody's to displace: it was let through
+    /// before.
+    fn whom_to_displace(&self, own: Option<TenantId>, weight: Weight) -> Option<Ticket> {
+        let other = self.tenants.heaviest()?;
+        let waiting = |tenant: TenantId| self.tenants.share(tenant).waiting;
+        let with_one_more = Virtual::of(own.map_or(0, waiting) + 1, weight);
+        let with_one_less = Virtual::of(waiting(other) - 1, self.tenants.share(other).weight);
+        if own == Some(other) || with_one_more > with_one_less {
             return None;
         }
         let last = |flow: &FlowId| {

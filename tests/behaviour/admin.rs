@@ -358,6 +358,48 @@ async fn what_may_take_too_long_is_explained_as_admission_decides_and_it_takes_i
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_would_be_given_anothers_place_in_a_full_queue_is_said_to_wait_and_does() {
+    let clients = TWO_CLIENTS.replace("concurrency = 1\n", "");
+    let world =
+        World::new(&format!("[limits]\nconcurrency = 1\n[queue]\nmax_waiting = 3\n{clients}"), |_| vec![Step::Stall]);
+    let operators = Operators::of(&world);
+    let _of_batch: Vec<_> = (0..4).map(|_| world.spawn(bearer(chat(CHAT), "sk-own-batch"))).collect();
+    world.settle().await;
+    let for_batch = operators.json("/explain?client=batch&model=gpt-4.1-mini").await;
+    assert_eq!(for_batch["next"], "is refused", "{for_batch:#}");
+    assert!(for_batch["why"].as_str().is_some_and(|why| why.contains("queue.max_waiting")), "{for_batch:#}");
+    assert_eq!(world.send(bearer(chat(CHAT), "sk-own-batch")).await.code(), "queue_full");
+    let for_bot = operators.json("/explain?client=bot&model=gpt-4.1-mini").await;
+    assert_eq!(for_bot["next"], "waits", "{for_bot:#}");
+    let _of_bot = world.spawn(bearer(chat(CHAT), "sk-own-bot"));
+    world.settle().await;
+    let waits = operators.json("/explain?client=bot&model=gpt-4.1-mini").await;
+    assert_eq!((&waits["client"]["waiting"], &waits["next"]), (&1.into(), &"is refused".into()), "{waits:#}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_without_a_clients_key_is_said_to_be_refused_where_there_are_clients() {
+    let world = World::new(TWO_CLIENTS, |_| completion());
+    let operators = Operators::of(&world);
+    for question in ["/explain?model=gpt-4.1-mini", "/explain?client=-"] {
+        let explained = operators.json(question).await;
+        assert_eq!((&explained["next"], &explained["held_by"]), (&"is refused".into(), &Value::Null), "{explained:#}");
+        let why = explained["why"].as_str().expect("a sentence");
+        assert!(why.contains("401") && why.contains("batch, bot"), "{why}");
+    }
+    assert_eq!(world.chat().await.status, 401);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_explanation_says_when_weir_is_about_to_stop() {
+    let world = World::new("", |_| completion());
+    let operators = Operators::of(&world);
+    assert_eq!(operators.json("/explain").await["state"], "ready");
+    operators.0.not_ready();
+    assert_eq!(operators.json("/explain").await["state"], "draining");
+}
+
+#[tokio::test(start_paused = true)]
 async fn who_is_not_known_is_told_who_is() {
     let world = World::new(TWO_CLIENTS, |_| completion());
     let operators = Operators::of(&world);

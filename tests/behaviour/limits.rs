@@ -72,7 +72,7 @@ async fn who_has_waited_max_wait_for_a_slot_is_refused() {
     assert_eq!(world.elapsed(), 3000);
     assert_eq!((refused.status.as_u16(), refused.code()), (503, "concurrency_exhausted".to_owned()));
     let held_up =
-        "the limit of 1 requests at a time held this request up for 3.0 s, as long as it may wait; try again in ";
+        "the limit of 1 request at a time held this request up for 3.0 s, as long as it may wait; try again in ";
     assert!(refused.text().contains(held_up), "{}", refused.text());
     assert_eq!(world.in_flight_and_waiting(), (1.0, 0.0));
 }

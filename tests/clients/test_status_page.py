@@ -124,7 +124,7 @@ def test_under_load_it_shows_who_waits_for_whose_limit_and_goes_on_by_itself(
         browser.wait_for("#queue", "batch")
         browser.wait_for("#headline", "held up by")
         browser.wait_for("#queue tbody", "the limit of 2 requests at a time for client batch")
-        browser.wait_for("#queue tbody", "the limit of 1 requests at a time for model deepseek-chat")
+        browser.wait_for("#queue tbody", "the limit of 1 request at a time for model deepseek-chat")
         assert "weir’s configuration" in browser.text("#queue tbody")
         browser.wait_for("#models", "deepseek-chat")
         browser.wait_for("#models", "found")

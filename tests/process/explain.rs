@@ -78,10 +78,15 @@ fn explain_needs_the_token_where_there_is_one_and_never_says_it() {
     let line = program.says("listening");
     let admin = line.split("admin=").nth(1).and_then(|rest| rest.split(' ').next()).expect("an address").to_owned();
     let question = ["--admin", &admin, "--model", "m"];
-    for (token, code) in [(None, 1), (Some("tok-wrong"), 1), (Some("tok-secret"), 0)] {
+    for (token, code) in [(None, 1), (Some(""), 1), (Some("tok-wrong"), 1), (Some("tok-secret"), 0)] {
         let (status, told) = explain(&question, token);
         assert_eq!(status, Some(code), "{token:?}: {told}");
-        assert!(code == 0 || told.contains("WEIR_ADMIN_TOKEN"), "{told}");
+        let why = if token == Some("tok-wrong") {
+            "does not take the admin token of WEIR_ADMIN_TOKEN"
+        } else {
+            "set WEIR_ADMIN_TOKEN"
+        };
+        assert!(code == 0 || told.contains(why), "{told}");
         assert!(!told.contains("tok-"), "{told}");
     }
 }
@@ -92,7 +97,7 @@ fn explain_without_a_weir_says_where_it_looked() {
     let (status, told) = explain(&["--admin", &format!("http://{free}")], None);
     assert!(status == Some(1) && told.contains(&free.to_string()) && told.contains("--admin"), "{told}");
     let (status, told) = explain(&["--admin", "nowhere"], None);
-    assert!(status == Some(1) && told.contains("http://HOST:PORT"), "{told}");
+    assert!(status == Some(2) && told.contains("http://HOST:PORT"), "{told}");
     let (status, told) = explain(&["--nonsense"], None);
     assert!(status == Some(2) && told.contains("weir explain --help"), "{told}");
     assert!(explain(&["--help"], None).1.contains("EXIT STATUS"));

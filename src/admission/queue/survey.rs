@@ -133,6 +133,8 @@ pub struct Outlook {
     pub at_least: Duration,
     /// It would be refused at once, whatever it asks for: its gateway has failed for too long.
     pub given_up: bool,
+    /// The queue is full, and nobody in it would give up a place for it.
+    pub no_place: bool,
     /// What its tenant has waiting, and under way.
     pub own_waiting: u64,
     pub own_in_flight: u64,
@@ -220,6 +222,7 @@ impl<W> Queue<W> {
             last: (!expected.is_zero()).then_some(last),
             at_least: all.iter().map(|at| self.shortest_wait(*at, newcomer, flow, now)).max().unwrap_or_default(),
             given_up: pace.is_some_and(|pace| self.limits[pace.0].given_up(now)),
+            no_place: self.is_full() && self.whom_to_displace(id, newcomer.weight).is_none(),
             own_waiting: share.map_or(0, |share| share.waiting),
             own_in_flight: share.map_or(0, |share| share.in_flight.into()),
             share: self.share_at(at, id, newcomer.weight),
