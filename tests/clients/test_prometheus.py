@@ -29,6 +29,7 @@ from harness import (
     running_prometheus,
     running_simulator,
     running_weir,
+    samples,
     tool,
     wait_until,
 )
@@ -305,6 +306,21 @@ def test_a_real_prometheus_evaluates_every_rule(world):
         rule.get("alert") or rule["record"] for file in ("recording.rules.yml", "alerts.rules.yml") for rule in rules(file)
     }
     assert [rule for rule in found if rule["health"] != "ok"] == []
+
+
+def test_a_quantile_is_compared_with_a_bound_of_its_buckets(world):
+    """Within a bucket a quantile is interpolated: it would say more of the rank than of the time."""
+    bounds: dict[str, set[float]] = {}
+    for sample in samples(world.steady.metrics()):
+        if "le" in sample.labels:
+            bounds.setdefault(sample.name.removesuffix("_bucket"), set()).add(float(sample.labels["le"]))
+    compared = [
+        (metric, float(threshold))
+        for alert in alerts()
+        for metric, threshold in re.findall(r":(weir_\w+):p\d+_rate\w+\s*>\s*([\d.]+)(?![\d.]|\s*\*)", alert["expr"])
+    ]
+    assert len(compared) == 3
+    assert [(metric, threshold) for metric, threshold in compared if threshold not in bounds[metric]] == []
 
 
 @pytest.mark.parametrize("name", [rule["record"] for rule in rules("recording.rules.yml")])
