@@ -51,8 +51,8 @@ const LIMITS: EdgeLimits =
     EdgeLimits { header: Duration::from_secs(10), keep_alive: Duration::from_secs(75), write: Duration::from_secs(10) };
 
 /// What there is, for who asks for something else.
-const CONTENTS: &str = "there is /status (a page), /status.json, /explain, /metrics, /livez, /readyz and POST /reload here; \
-                        clients use the other listener\n";
+const CONTENTS: &str = "this is weir's listener for operators: there is /status (a page), /status.json, /explain, /metrics, \
+                        /livez, /readyz and POST /reload here; clients use the other one (server.listen)\n";
 
 type Answer = Response<Full<Bytes>>;
 
@@ -170,7 +170,7 @@ impl Admin {
             _ if !token::admits(token, request.headers()) => unauthorized(),
             _ if token.is_none() && origin::is_forged(request) => text(StatusCode::FORBIDDEN, origin::STRANGE_PAGE),
             "/reload" if method == Method::POST => self.reload().await,
-            "/reload" => not_allowed("POST", "POST reloads the configuration\n"),
+            "/reload" => not_allowed("POST"),
             _ => self.guarded(method, path, request.uri().query()).await,
         };
         let fields = response.headers_mut();
@@ -183,7 +183,7 @@ impl Admin {
     /// What needs no token: it tells nothing but whether weir is ready. (The page is empty without /status.json.)
     fn open(&self, method: &Method, path: &str) -> Answer {
         if !is_read(method) {
-            return only_get();
+            return not_allowed("GET, HEAD");
         }
         match path {
             "/livez" => text(StatusCode::OK, "alive\n"),
@@ -196,7 +196,7 @@ impl Admin {
 
     async fn guarded(self: Arc<Self>, method: &Method, path: &str, query: Option<&str>) -> Answer {
         if !is_read(method) {
-            return only_get();
+            return not_allowed("GET, HEAD");
         }
         let query = Query::new(query);
         match path {
@@ -300,12 +300,9 @@ fn is_read(method: &Method) -> bool {
     matches!(*method, Method::GET | Method::HEAD)
 }
 
-fn only_get() -> Answer {
-    not_allowed("GET, HEAD", "only GET is answered here\n")
-}
-
-fn not_allowed(instead: &'static str, why: &'static str) -> Answer {
-    let mut response = text(StatusCode::METHOD_NOT_ALLOWED, why);
+fn not_allowed(instead: &'static str) -> Answer {
+    let mut response =
+        text(StatusCode::METHOD_NOT_ALLOWED, format!("only {instead} is answered at this path; {CONTENTS}"));
     response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(instead));
     response
 }

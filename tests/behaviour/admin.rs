@@ -494,6 +494,13 @@ async fn every_answer_says_what_a_browser_may_do_with_it() {
     }
     let reload = operators.get("/reload").await;
     assert_eq!((reload.status.as_u16(), reload.header("allow")), (405, "POST"));
+    // A client that was given the wrong port is told so, and whoever looks for something what there is.
+    let lost = operators.ask(ask(Method::POST, "/v1/chat/completions")).await;
+    for answer in [lost, reload, operators.get("/nothing").await, operators.ask(ask(Method::POST, "/metrics")).await] {
+        for part in ["/status.json", "/explain", "/metrics", "/readyz", "POST /reload", "server.listen"] {
+            assert!(answer.text().contains(part), "{part}: {}", answer.text());
+        }
+    }
     let page = operators.get("/status").await;
     let policy = page.header("content-security-policy");
     for part in
