@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 
 use crate::admin::query;
-use crate::config::{Address, Config, Secret};
+use crate::config::{Address, OperatorsAccess, Secret};
 
 /// What `weir explain --help` says.
 pub const HELP: &str = "\
@@ -121,13 +121,12 @@ impl Arguments {
     }
 }
 
-/// Asks, and puts the answer into words. `config` is that of the file that was given.
+/// Asks, and puts the answer into words. `access` is what the file says that was given.
 ///
 /// # Errors
 /// That weir is not there, wants a token, or does not know the client; with what to do about it.
-pub async fn ask(arguments: &Arguments, config: Option<&Config>) -> Result<Told, String> {
-    let url_of_config =
-        || config.map_or_else(|| DEFAULT_ADMIN.to_owned(), |config| url_of(&config.server.admin_listen));
+pub async fn ask(arguments: &Arguments, access: Option<&OperatorsAccess>) -> Result<Told, String> {
+    let url_of_config = || access.map_or_else(|| DEFAULT_ADMIN.to_owned(), |access| url_of(&access.listen));
     let by_config;
     let Admin { url: admin, place } = match &arguments.admin {
         Some(given) => given,
@@ -141,7 +140,7 @@ pub async fn ask(arguments: &Arguments, config: Option<&Config>) -> Result<Told,
             let token = Secret::resolve(&token, &|_| None).map_err(|error| format!("{TOKEN_VARIABLE}: {error}"))?;
             (Some(token), TOKEN_VARIABLE)
         }
-        None => (config.and_then(|config| config.server.admin_token.clone()), "--config"),
+        None => (access.and_then(|access| access.token.clone()), "--config"),
     };
     let path = arguments.path_and_query();
     let fetched = tokio::time::timeout(PATIENCE, fetch(admin, place, &path, token.as_ref())).await;

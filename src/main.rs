@@ -1,7 +1,7 @@
 //! The command line: arguments, configuration, logging, and running until a signal.
 
 use std::io::{self, ErrorKind, IsTerminal as _, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{Registry, fmt};
 use weir::access_log::AccessLog;
-use weir::config::{Config, Log, LogFormat, LogLevel};
+use weir::config::{Complaints, Config, Log, LogFormat, LogLevel, OperatorsAccess};
 use weir::explain::{self, Arguments, Invocation};
 use weir::outlet::{Habits, Outlet, Stderr};
 use weir::reload::Source;
@@ -36,7 +36,7 @@ nobody new, and what has begun may end; a second one ends it at once.
 
 Clients set their base URL to http://HOST:PORT/v1 (by default http://127.0.0.1:8080/v1), and change nothing else.
 
-EXIT STATUS  0 ended as asked, 1 failed, 2 wrong arguments, 78 wrong configuration
+EXIT STATUS  0 ended as asked, 1 failed, 2 wrong arguments, 3 would be refused (explain), 78 wrong configuration
 ";
 
 /// What the command line asks for.
@@ -111,11 +111,14 @@ fn parse(mut parser: lexopt::Parser) -> Result<Command, lexopt::Error> {
 
 fn load(file: Option<&PathBuf>) -> Result<Config, ExitCode> {
     let Some(path) = file else { return Ok(Config::default()) };
-    Config::load(path).map_err(|complaints| {
-        let each: String = complaints.0.iter().map(|complaint| format!("\n  {complaint}")).collect();
-        complain(&format!("{} cannot be used:{each}", path.display()));
-        ExitCode::from(BAD_CONFIG)
-    })
+    Config::load(path).map_err(|complaints| cannot_use(path, &complaints))
+}
+
+/// Says what is wrong with a configuration's file.
+fn cannot_use(path: &Path, complaints: &Complaints) -> ExitCode {
+    let each: String = complaints.0.iter().map(|complaint| format!("\n  {complaint}")).collect();
+    complain(&format!("{} cannot be used:{each}", path.display()));
+    ExitCode::from(BAD_CONFIG)
 }
 
 fn check(file: Option<PathBuf>) -> ExitCode {
@@ -142,13 +145,16 @@ fn explain(arguments: &mut lexopt::Parser) -> ExitCode {
             return ExitCode::from(USAGE);
         }
     };
-    let config = match arguments.config.as_ref().map(|file| load(Some(file))).transpose() {
-        Ok(config) => config,
-        Err(exit) => return exit,
+    let file = arguments.config.as_deref();
+    let access = match file.map(|file| OperatorsAccess::load(file).map_err(|complaints| cannot_use(file, &complaints)))
+    {
+        Some(Err(exit)) => return exit,
+        Some(Ok(access)) => Some(access),
+        None => None,
     };
     let mut refused = false;
     let asked = run(async {
-        let told = explain::ask(&arguments, config.as_ref()).await?;
+        let told = explain::ask(&arguments, access.as_ref()).await?;
         refused = told.refused;
         say(&told.text)
     });

@@ -7,6 +7,7 @@ mod address;
 pub mod change;
 mod client;
 mod effective;
+mod operators;
 mod reader;
 mod secret;
 pub mod units;
@@ -24,6 +25,7 @@ use zeroize::Zeroizing;
 
 pub use address::Address;
 pub use client::{Client, NOBODY, Weight};
+pub use operators::OperatorsAccess;
 pub use reader::Complaint;
 pub use secret::Secret;
 pub use units::Rate;
@@ -227,13 +229,7 @@ impl Config {
     /// # Errors
     /// That the file can't be read, or all that is wrong with what is in it.
     pub fn load(path: &Path) -> Result<Self, Complaints> {
-        let source = std::fs::read_to_string(path).map_err(|error| {
-            let message = format!("cannot read {}: {error}", path.display());
-            Complaints(vec![Complaint { line: None, path: String::new(), message }])
-        })?;
-        // Secrets may stand in it.
-        let source = Zeroizing::new(source);
-        Self::parse(&source, &|name| std::env::var(name).ok())
+        Self::parse(&read_file(path)?, &|name| std::env::var(name).ok())
     }
 
     /// Checks a configuration's text; `env` looks an environment variable up.
@@ -444,6 +440,14 @@ impl Log {
             level: section.get_or("level", LogLevel::Info),
         }
     }
+}
+
+/// A configuration's text. Secrets may stand in it.
+fn read_file(path: &Path) -> Result<Zeroizing<String>, Complaints> {
+    std::fs::read_to_string(path).map(Zeroizing::new).map_err(|error| {
+        let message = format!("cannot read {}: {error}", path.display());
+        Complaints(vec![Complaint { line: None, path: String::new(), message }])
+    })
 }
 
 fn loopback(port: u16) -> Address {

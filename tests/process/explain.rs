@@ -61,11 +61,25 @@ fn explain_says_in_words_what_the_next_request_meets() {
 fn explain_reads_listener_and_token_from_the_configuration() {
     let gateway = Gateway::start(&QUICK);
     let weir = Weir::start(&gateway, "");
-    let guarded = config_file(&format!("[server]\nadmin_listen = \"{}\"\nadmin_token = \"tok-1\"\n", weir.admin));
+    // The rest of it is not for this shell, which has none of weir's keys.
+    let guarded = config_file(&format!(
+        "[server]\nadmin_listen = \"{}\"\nadmin_token = \"tok-1\"\n[upstream]\napi_key = \"env:WEIR_TEST_NO_SUCH_KEY\"\n\
+         [clients.bot]\nkey = \"file:/nothing/is/here\"\n",
+        weir.admin
+    ));
     let guarded = guarded.to_str().expect("a path");
     // This weir has no token, and does not mind one.
     let (status, told) = explain(&["--config", guarded, "--model", "m"], None);
     assert_eq!(status, Some(0), "{told}");
+    for (wrong, why) in [
+        ("[server]\nadmin_token = \"env:WEIR_TEST_NO_SUCH_TOKEN\"\n", "line 2: server.admin_token: "),
+        ("[server]\nadmin_listen = 9090\n", "line 2: server.admin_listen: "),
+        ("server = 1\n", "line 1: server: "),
+        ("[server\n", "line 1: this is not TOML"),
+    ] {
+        let (status, told) = explain(&["--config", config_file(wrong).to_str().expect("a path")], None);
+        assert!(status == Some(78) && told.contains(why), "{wrong}: {told}");
+    }
 }
 
 #[test]
