@@ -8,7 +8,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Version, header, response};
 use hyper::ext::ReasonPhrase;
 
-use super::wire::WireError;
+use super::wire_error::WireError;
 
 /// An answer's head may not be longer.
 const MAX_HEAD: usize = 64 << 10;
