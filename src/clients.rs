@@ -173,8 +173,17 @@ impl Clients {
 
     /// Every client that the configuration names.
     pub fn ids(&self) -> impl Iterator<Item = ClientId> {
-        let named = self.known.iter().enumerate().filter(|(_, known)| known.key.is_some());
-        named.map(|(index, _)| ClientId(u16::try_from(index).expect("an id was made of it")))
+        self.present_and_gone().filter(|id| self.is_named(*id))
+    }
+
+    /// Every client that this configuration names, or one before it.
+    pub fn present_and_gone(&self) -> impl Iterator<Item = ClientId> {
+        ClientId::all().take(self.known.len()).skip(1)
+    }
+
+    /// Whether the configuration names this client.
+    pub fn is_named(&self, id: ClientId) -> bool {
+        self.known[id.index()].key.is_some()
     }
 
     /// The client of that name.

@@ -210,6 +210,12 @@ impl Failure {
         response
     }
 
+    /// The last event of a stream that ends like this, in the shape of the API that was called.
+    pub fn event(&self, endpoint: Option<Endpoint>) -> Bytes {
+        let row = self.cause.row();
+        envelope::event(endpoint, row.status, row.kind, row.code, &self.message)
+    }
+
     /// `retry-after` in whole seconds, rounded up, and `retry-after-ms`, rounded up too.
     fn write_retry_after(&self, fields: &mut http::HeaderMap) {
         let Some(wait) = self.retry_after else { return };

@@ -21,7 +21,7 @@ pub struct Books {
     pub metrics: Arc<Metrics>,
     pub recent_errors: RecentErrors,
     pub access_log: Arc<AccessLog>,
-    /// weir ends, and cuts what is still under way.
+    /// weir ends, and cuts what is still under way: what can still tell its client so does, when it is polled next.
     pub cut_by_weir: AtomicBool,
 }
 
@@ -235,6 +235,11 @@ impl Ledger {
         self.model.first_token(now - attempt.began);
     }
 
+    /// Whether weir ends, and the request with it.
+    pub fn is_cut(&self) -> bool {
+        self.books.cut_by_weir.load(Ordering::Relaxed)
+    }
+
     /// The gateway says what the answer cost.
     pub fn used(&mut self, usage: Usage) {
         self.usage = Some(usage);
@@ -389,7 +394,7 @@ impl Ledger {
 impl Drop for Ledger {
     fn drop(&mut self) {
         self.attempt_ends(AttemptResult::Cancelled);
-        if self.open && self.books.cut_by_weir.load(Ordering::Relaxed) {
+        if self.open && self.is_cut() {
             let cut = Failure::new(Cause::Draining, "weir has ended, and the request was still under way");
             return self.close_with(Outcome::Failed, cut);
         }

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Notify;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -253,18 +254,27 @@ async fn serve_until_told(
     Ok(())
 }
 
-/// Does what SIGHUP asks for, each time that it comes, until dropped.
+/// Does what SIGHUP asks for, each time that it comes, until dropped. The access log does not wait for the configuration: its
+/// file may have been renamed whatever becomes of that. One reload is for all who asked before it began.
 async fn obey_hangups(running: &Running, hangups: &mut Signal) {
-    while hangups.recv().await.is_some() {
-        on_hangup(running).await;
+    let asked = Notify::new();
+    let reloading = async {
+        loop {
+            asked.notified().await;
+            // What became of it is in the log.
+            let _ = running.reload_file().await;
+        }
+    };
+    let hearing = async {
+        while hangups.recv().await.is_some() {
+            running.access_log().reopen();
+            asked.notify_one();
+        }
+    };
+    tokio::select! {
+        () = hearing => {}
+        () = reloading => {}
     }
-}
-
-/// What SIGHUP asks for: the access log first, since its file may have been renamed whatever becomes of the configuration.
-async fn on_hangup(running: &Running) {
-    running.access_log().reopen();
-    // What became of it is in the log.
-    let _ = running.reload_file().await;
 }
 
 fn watch(kind: SignalKind) -> Result<Signal, String> {

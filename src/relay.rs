@@ -193,19 +193,26 @@ impl Relay {
 
     /// The answer breaks off. A stream between two events can still say so; anything else is cut.
     fn break_off(&mut self, result: AttemptResult, cause: Cause, why: String) -> Result<Frame<Bytes>, BrokenOff> {
-        let open_ended =
-            self.hiding.is_some() || self.source.rest.as_ref().is_some_and(|rest| rest.size_hint().exact().is_none());
-        let says_so = open_ended && self.is_between_events();
+        let says_so = self.can_say_so();
         self.settle(false);
         // An event that was held back half is not passed on.
         self.hiding = None;
-        let event = says_so.then(|| envelope::event(self.endpoint, cause.code(), &why));
+        let failure = Failure::new(cause, why.as_str());
+        let event = says_so.then(|| failure.event(self.endpoint));
         self.ledger.gave(event.as_ref().map_or(0, Bytes::len));
-        self.end(result, Outcome::UpstreamError, Some(Failure::new(cause, why.as_str())));
+        let outcome = if cause == Cause::Draining { Outcome::Failed } else { Outcome::UpstreamError };
+        self.end(result, outcome, Some(failure));
         if let Some(event) = event {
             return Ok(Frame::data(event));
         }
         Err(BrokenOff(why))
+    }
+
+    /// Whether one more event can be put behind what the client has got.
+    fn can_say_so(&self) -> bool {
+        let open_ended =
+            self.hiding.is_some() || self.source.rest.as_ref().is_some_and(|rest| rest.size_hint().exact().is_none());
+        open_ended && self.is_between_events()
     }
 
     /// Whether both what the gateway has sent and what the client has got end with a whole event.
@@ -223,6 +230,11 @@ impl Relay {
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Next> {
+        // What cannot say so goes on until it can, or is cut.
+        if self.ledger.is_cut() && !self.source.is_read() && self.can_say_so() {
+            let why = "weir ends, and does not wait for the rest of this answer".to_owned();
+            return Poll::Ready(Next::Frame(self.break_off(AttemptResult::Cancelled, Cause::Draining, why)));
+        }
         if let Some(chunk) = self.source.opening.chunks.pop_front() {
             return Poll::Ready(self.pass(chunk));
         }

@@ -7,9 +7,9 @@ use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use tokio::sync::{Mutex, oneshot};
+use tokio::sync::{Mutex, OwnedMutexGuard, oneshot};
 
 use crate::access_log;
 use crate::config::change::Change;
@@ -18,6 +18,10 @@ use crate::metrics::ReloadResult;
 use crate::outlet::Sink;
 use crate::proxy::{CannotChange, Proxy};
 use crate::server::{NewCertificate, Tls};
+
+/// How long a reload may take to read all that it needs, and to wait for one before it. A disk that hangs is not waited for
+/// longer; what comes from it later is thrown away.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Is told of each configuration that has come into force.
 pub type OnApplied = Box<dyn Fn(&Config) + Send + Sync>;
@@ -77,6 +81,8 @@ pub enum NotReloaded {
     NoFile,
     /// It is about to stop.
     Stopping,
+    /// The file, or what it names, could not be read in time; or a reload before it still waits for that.
+    Slow(PathBuf),
     /// The file, and all that is wrong with it.
     Invalid(PathBuf, Complaints),
     /// The certificate cannot be used.
@@ -98,7 +104,7 @@ impl Reloader {
         self.stopping.store(true, Ordering::Release);
     }
 
-    /// Reads the file anew and puts what it says in force. Waits for a reload that is under way.
+    /// Reads the file anew and puts what it says in force. Waits for a reload that is under way. Takes [`PATIENCE`] at most.
     ///
     /// Dropped before the file was read, nothing is changed.
     ///
@@ -106,7 +112,11 @@ impl Reloader {
     /// Why nothing was changed.
     pub async fn reload_file(&self) -> Result<Report, NotReloaded> {
         let outcome = match &self.source.file {
-            Some(file) => self.load_and_apply(file.clone()).await,
+            Some(file) => {
+                let loading = tokio::time::timeout(PATIENCE, self.load(file.clone())).await;
+                let loaded = loading.unwrap_or_else(|_| Err(NotReloaded::Slow(file.clone())));
+                loaded.and_then(|(prepared, _turn)| self.apply(prepared))
+            }
             None => Err(NotReloaded::NoFile),
         };
         self.record(&outcome);
@@ -123,7 +133,8 @@ impl Reloader {
         outcome
     }
 
-    async fn load_and_apply(&self, file: PathBuf) -> Result<Report, NotReloaded> {
+    /// Reads the file, and all that it names, when it is its turn, which lasts until it is dropped.
+    async fn load(&self, file: PathBuf) -> Result<(Prepared, OwnedMutexGuard<()>), NotReloaded> {
         let turn = self.turn.clone().lock_owned().await;
         let (tell, told) = oneshot::channel();
         // A thread of its own: a disk that hangs, or a pipe that nobody reads, holds up neither those who wait for a refill nor
@@ -131,7 +142,7 @@ impl Reloader {
         let (from, before) = (file.clone(), self.proxy.config());
         let load = move || {
             let loaded = Config::load(&from).map_err(|complaints| NotReloaded::Invalid(from, complaints));
-            // Whoever asked may have gone.
+            // Whoever asked may have gone, or waits no longer.
             let _ = tell.send((loaded.and_then(|config| Prepared::new(config, &before)), turn));
         };
         let reading = std::thread::Builder::new().name("reload".to_owned()).spawn(load);
@@ -140,8 +151,8 @@ impl Reloader {
             NotReloaded::Invalid(file.clone(), Complaints(vec![complaint]))
         };
         reading.map_err(|error| unread(format!("cannot start a thread to read it: {error}")))?;
-        let (prepared, _turn) = told.await.map_err(|_| unread("reading it was broken off".to_owned()))?;
-        self.apply(prepared?)
+        let (prepared, turn) = told.await.map_err(|_| unread("reading it was broken off".to_owned()))?;
+        Ok((prepared?, turn))
     }
 
     fn apply(&self, prepared: Prepared) -> Result<Report, NotReloaded> {
@@ -212,6 +223,13 @@ impl fmt::Display for NotReloaded {
                 "weir was started without a file; start it with --config FILE to reload that. Nothing has changed",
             ),
             Self::Stopping => f.write_str("weir is about to stop. Nothing has changed"),
+            Self::Slow(file) => write!(
+                f,
+                "{} and what it names could not be read within {} s, or a reload before this one still waits for that: \
+                 look at the disks that they are on. Nothing has changed",
+                file.display(),
+                PATIENCE.as_secs()
+            ),
             Self::Invalid(file, Complaints(complaints)) => {
                 write!(f, "{} cannot be used, and nothing has changed:", file.display())?;
                 complaints.iter().try_for_each(|complaint| write!(f, "\n  {complaint}"))

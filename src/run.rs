@@ -14,7 +14,7 @@ use crate::server::{DrainControl, Tls, Workers};
 use crate::systemd::{Listeners, Sockets};
 use crate::upstream::connect;
 
-/// After the drain's deadline: how long those who were still waiting have to read that they are refused.
+/// After the drain's deadline: how long those who are told that weir ends have to read it.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How long a worker may take to let go of what is cut. It does not wait for anything.
@@ -123,8 +123,8 @@ impl Running {
     }
 
     /// Stops. `/readyz` says no at once, and all goes on for `server.lame_duck`. Then: no new connection, no new request, but
-    /// what has begun or waits is served, for as long as `server.drain`. Whoever still waits then is told so, and streams
-    /// that still run are cut.
+    /// what has begun or waits is served, for as long as `server.drain`. Who has no answer then is refused, a stream ends with an
+    /// error; what can't be told, or is not read, is cut a second later.
     ///
     /// Dropped, it has stopped as far as it has come; [`Running::cut`] does the rest at once.
     pub async fn stop(&self) {
@@ -142,12 +142,14 @@ impl Running {
         }
         tracing::info!(connections = self.workers.connections(), "draining");
         if tokio::time::timeout(self.proxy.config().server.drain, self.drain.ended()).await.is_err() {
-            self.proxy.gate().close();
-            let _ = tokio::time::timeout(LAST_WORDS, self.drain.ended()).await;
             tracing::warn!(
                 connections = self.workers.connections(),
-                "the drain's time is over: what still runs is cut"
+                "the drain's time is over: what still runs is told so, and cut"
             );
+            self.proxy.gate().close();
+            self.proxy.cuts_what_runs();
+            self.drain.end();
+            let _ = tokio::time::timeout(LAST_WORDS, self.drain.ended()).await;
         }
         self.cut().await;
     }

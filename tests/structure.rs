@@ -1,7 +1,7 @@
 //! The shape of the source, as ARCHITECTURE.md draws it: who may import whom, where each crate has its home, and that the
 //! documents name only metrics, files and headings that exist. (Cargo runs tests in the package's folder, so paths are as in the repository.)
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -33,6 +33,9 @@ const PROCESS_METRICS: [&str; 7] = [
     "process_virtual_memory_bytes",
 ];
 
+/// A limit's line, its fair order and the limit know each other by their ids.
+const IN_A_CIRCLE: [&str; 3] = ["src/admission/fair", "src/admission/limit", "src/admission/line"];
+
 /// The simulator measures the proxy, so it shares no code with it but the units.
 const SIMULATOR_MAY_IMPORT: [&str; 2] = ["config", "simulator"];
 
@@ -47,7 +50,7 @@ fn a_module_imports_only_what_stands_above_it() {
         let own = place(module).unwrap_or_else(|| panic!("{}: {module} is not in src/lib.rs", source.path));
         for (number, line) in source.production() {
             for path in line.split("crate::").skip(1) {
-                let imported = path.split(|c: char| !(c.is_alphanumeric() || c == '_')).next().unwrap_or_default();
+                let imported = first_word(path);
                 let allowed = match place(imported) {
                     Some(_) if module == "simulator" => SIMULATOR_MAY_IMPORT.contains(&imported),
                     Some(above) => above <= own,
@@ -60,6 +63,26 @@ fn a_module_imports_only_what_stands_above_it() {
         }
     }
     assert_none(&wrong, "src/lib.rs lists the modules in the order of imports (write one `use` a module)");
+}
+
+#[test]
+fn the_files_of_a_folder_import_each_other_in_no_circle() {
+    let mut imports: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    for source in sources().iter().filter(|source| source.path.matches('/').count() == 2) {
+        let (folder, own) = source.path.trim_end_matches(".rs").rsplit_once('/').expect("it is in a folder");
+        let siblings = source.production().flat_map(|(_, line)| line.split("super::").skip(1).map(first_word));
+        let paths = siblings.filter(|name| *name != own).map(|name| format!("{folder}/{name}"));
+        imports.entry(format!("{folder}/{own}")).or_default().extend(paths);
+    }
+    imports.retain(|own, _| !IN_A_CIRCLE.contains(&own.as_str()));
+    // Who imports nothing that is left is in no circle.
+    while let Some(free) =
+        imports.iter().find(|(_, of)| !of.iter().any(|it| imports.contains_key(it))).map(|(own, _)| own.clone())
+    {
+        imports.remove(&free);
+    }
+    let wrong: Vec<String> = imports.into_keys().collect();
+    assert_none(&wrong, "give what both need a file of its own");
 }
 
 #[test]
@@ -182,6 +205,11 @@ impl Source {
 fn sources() -> Vec<Source> {
     let paths = files("src", ".rs").into_iter().filter(|path| !path.ends_with("tests.rs"));
     paths.map(|path| Source { text: read(&path), path }).collect()
+}
+
+/// The name that a path begins with.
+fn first_word(path: &str) -> &str {
+    path.split(|c: char| !(c.is_alphanumeric() || c == '_')).next().unwrap_or_default()
 }
 
 /// Whether a line has `name::` or `use name`, and not as a part of a longer path or word.

@@ -18,7 +18,7 @@ pub fn check(bytes: &[u8]) {
         let body: Value = serde_json::from_slice(&body).expect("an error is JSON");
         assert_eq!(body["error"]["message"], *message);
 
-        let stream = envelope::event(endpoint, "code", &message);
+        let stream = envelope::event(endpoint, StatusCode::BAD_GATEWAY, "kind", "code", &message);
         let (mut scanner, mut events) = (Scanner::default(), 0);
         scanner.feed(&stream, |event| {
             events += 1;

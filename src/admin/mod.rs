@@ -151,7 +151,7 @@ impl Admin {
                         StatusCode::UNPROCESSABLE_ENTITY
                     }
                     NotReloaded::NoFile | NotReloaded::CannotChange(_) => StatusCode::CONFLICT,
-                    NotReloaded::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+                    NotReloaded::Stopping | NotReloaded::Slow(_) => StatusCode::SERVICE_UNAVAILABLE,
                 };
                 text(status, format!("{refused}\n"))
             }

@@ -543,7 +543,8 @@ fn model(
     }
 }
 
-/// Every client that has a name, the busiest first, and how many are left out.
+/// Every client that has a name, the busiest first, and how many are left out. One that a reload has removed is among them while
+/// anything of its is under way.
 fn clients(from: &Sources<'_>, window: &Window, limits: &mut ByScope) -> (Vec<Client>, usize) {
     let totals: HashMap<ClientId, &Counts> = from.reading.clients.iter().map(|(id, counts)| (*id, counts)).collect();
     let now: HashMap<ClientId, (u64, u64)> =
@@ -567,7 +568,9 @@ fn clients(from: &Sources<'_>, window: &Window, limits: &mut ByScope) -> (Vec<Cl
             name,
         }
     };
-    let mut rows: Vec<Client> = [ClientId::NONE].into_iter().chain(from.clients.ids()).map(row).collect();
+    let is_busy = |id: &ClientId| now.get(id).is_some_and(|(in_flight, waiting)| in_flight + waiting > 0);
+    let named = from.clients.present_and_gone().filter(|id| from.clients.is_named(*id) || is_busy(id));
+    let mut rows: Vec<Client> = [ClientId::NONE].into_iter().chain(named).map(row).collect();
     // Where clients are known by name, the others are those who were turned away.
     rows.retain(|row| {
         from.clients.ids().next().is_none()

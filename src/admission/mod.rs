@@ -287,7 +287,7 @@ impl Gate {
     /// How everything stands: who waits for what, and whose limit it is. Locked for as long as it takes to go through lanes
     /// and limits, however many wait.
     pub fn survey(&self, clients: &Clients) -> Survey {
-        self.lock().survey(clients.ids(), Instant::now())
+        self.lock().survey(clients.present_and_gone(), Instant::now())
     }
 
     /// What awaits a request that might come.

@@ -24,16 +24,16 @@ pub fn write(endpoint: Option<Endpoint>, status: StatusCode, kind: &str, code: &
 }
 
 /// The last event of a stream that broke off, in the shape of the endpoint's API.
-pub fn event(endpoint: Option<Endpoint>, code: &str, message: &str) -> Bytes {
+pub fn event(endpoint: Option<Endpoint>, status: StatusCode, kind: &str, code: &str, message: &str) -> Bytes {
     let (name, data) = match endpoint {
         Some(Endpoint::Messages) => (
             "event: error\n",
-            json!({ "type": "error", "error": { "type": "api_error", "message": message, "code": code } }),
+            json!({ "type": "error", "error": { "type": anthropic_type(status), "message": message, "code": code } }),
         ),
         Some(Endpoint::Responses) => {
             ("event: error\n", json!({ "type": "error", "code": code, "message": message, "param": null }))
         }
-        _ => ("", json!({ "error": { "message": message, "type": "upstream_error", "param": null, "code": code } })),
+        _ => ("", json!({ "error": { "message": message, "type": kind, "param": null, "code": code } })),
     };
     Bytes::from(format!("{name}data: {data}\n\n"))
 }

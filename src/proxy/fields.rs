@@ -9,6 +9,7 @@ use zeroize::Zeroizing;
 use crate::clients::KEY_FIELDS;
 use crate::config::Secret;
 use crate::error::{Cause, Failure};
+use crate::upstream::head::Coding;
 
 /// Fields that concern one connection only (RFC 9110, 7.6.1, and those of old that meant the same).
 const HOP_BY_HOP: [HeaderName; 8] = [
@@ -40,7 +41,8 @@ pub fn check(head: &request::Parts, via: &Via) -> Result<(), Failure> {
         return Err(Failure::new(Cause::HeadersTooLarge, message));
     }
     check_host(head).map_err(|message| Failure::new(Cause::BadRequest, message))?;
-    if !has_no_coding_but_chunks(&head.headers) {
+    // hyper takes chunks off and leaves what is below them, whose name weir must not pass on.
+    if Coding::of(&head.headers) == Coding::Other {
         let message =
             "the request's body has a transfer coding that weir cannot take off; send it as it is, or in chunks";
         return Err(Failure::new(Cause::BadRequest, message));
@@ -82,17 +84,6 @@ fn check_host(head: &request::Parts) -> Result<(), &'static str> {
         Some(_) => Err("the request's Host header is not a host"),
         None if head.version == Version::HTTP_11 => Err("the request has no Host header"),
         None => Ok(()),
-    }
-}
-
-/// Whether a body is framed in chunks or by its length, and nothing else is done to it. hyper takes chunks off and leaves
-/// what is below them, whose name weir must not pass on.
-fn has_no_coding_but_chunks(fields: &HeaderMap) -> bool {
-    let mut codings = fields.get_all(header::TRANSFER_ENCODING).iter();
-    match (codings.next(), codings.next()) {
-        (None, _) => true,
-        (Some(coding), None) => coding.as_bytes().eq_ignore_ascii_case(b"chunked"),
-        (Some(_), Some(_)) => false,
     }
 }
 
@@ -155,7 +146,7 @@ pub fn check_answer(head: &response::Parts) -> Result<(), Failure> {
         let message = "the gateway switched protocols, which nobody asked it to";
         return Err(Failure::new(Cause::InvalidResponse, message));
     }
-    if !has_no_coding_but_chunks(&head.headers) {
+    if Coding::of(&head.headers) == Coding::Other {
         let message = "the gateway's answer has a transfer coding that weir did not ask for";
         return Err(Failure::new(Cause::InvalidResponse, message));
     }

@@ -14,8 +14,9 @@ mod settings;
 mod usage_option;
 
 use std::fmt;
+use std::future::poll_fn;
 use std::net::IpAddr;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::task::{Context, Poll};
@@ -29,7 +30,7 @@ use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use crate::access_log::AccessLog;
-use crate::admission::{Applicant, ByteBudget, Gate, Permit, Standing};
+use crate::admission::{Applicant, ByteBudget, Gate, Permit, Refusal, Standing};
 use crate::clients::Clients;
 use crate::config::Config;
 use crate::config::change::Change;
@@ -211,7 +212,8 @@ impl Proxy {
         &self.shared.books.access_log
     }
 
-    /// From now on a request that is dropped was cut by weir, which ends; its client has not gone away.
+    /// weir ends. From now on a request that is polled ends with a word to its client, where there is one that it can still hear:
+    /// a refusal, or a stream's last event. One that is dropped was cut by weir; its client has not gone away.
     pub fn cuts_what_runs(&self) {
         self.shared.books.cut_by_weir.store(true, Ordering::Relaxed);
     }
@@ -259,9 +261,12 @@ impl Proxy {
         let request_id =
             head.headers.get(&headers::REQUEST_ID).and_then(|id| HeaderValue::from_bytes(id.as_bytes()).ok());
         let endpoint = route::route(&head.method, head.uri.path()).and_then(|route| route.endpoint);
-        let mut response = match self.story(head, &mut asked, peer, &mut ledger).await {
+        let told = self.unless_cut(self.story(head, &mut asked, peer, &mut ledger)).await;
+        let mut response = match told {
             Ok(answer) => self.respond(answer, endpoint, request_id, ledger),
             Err(failure) => {
+                // Of a story that was cut.
+                ledger.attempt_ends(AttemptResult::Cancelled);
                 if let (Some(unread), Version::HTTP_2) = (&mut asked.body, version) {
                     body::discard(unread).await;
                 }
@@ -279,6 +284,17 @@ impl Proxy {
             headers::tell_quota(response.headers_mut(), requests, tokens);
         }
         response
+    }
+
+    /// A story to its end, unless weir's comes first.
+    async fn unless_cut<T>(&self, story: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+        let mut story = pin!(story);
+        let cut = || self.shared.books.cut_by_weir.load(Ordering::Relaxed);
+        poll_fn(|cx| match story.as_mut().poll(cx) {
+            Poll::Pending if cut() => Poll::Ready(Err(Refusal::draining().into())),
+            told => told,
+        })
+        .await
     }
 
     /// The story of one request.

@@ -253,7 +253,7 @@ fn is_hypers(bytes: &[u8]) -> bool {
 }
 
 /// An error answer in bytes, for a connection that is closed after it.
-fn serialize(failure: &Failure) -> Vec<u8> {
+pub fn serialize(failure: &Failure) -> Vec<u8> {
     let response = failure.response(None);
     let status: StatusCode = response.status();
     let mut bytes = format!(

@@ -64,30 +64,48 @@ const LAST_CALL: Duration = Duration::from_secs(1);
 /// Tells connections to end when they can.
 #[derive(Debug, Clone)]
 pub struct Drain {
-    begun: watch::Receiver<bool>,
+    stage: watch::Receiver<Stage>,
+}
+
+/// How far the end has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Stage {
+    Serving,
+    Draining,
+    Over,
 }
 
 /// Begins a drain, and sees when everyone who watches it is gone.
 #[derive(Debug)]
 pub struct DrainControl {
-    begin: watch::Sender<bool>,
+    stage: watch::Sender<Stage>,
 }
 
 impl DrainControl {
     /// A drain that has not begun.
     pub fn new() -> (Self, Drain) {
-        let (begin, begun) = watch::channel(false);
-        (Self { begin }, Drain { begun })
+        let (control, watching) = watch::channel(Stage::Serving);
+        (Self { stage: control }, Drain { stage: watching })
     }
 
     /// Begins: no new request on any connection.
     pub fn begin(&self) {
-        self.begin.send_replace(true);
+        self.reach(Stage::Draining);
+    }
+
+    /// Its time is over: whatever is still served is polled once more, and each connection ends as soon as it has written what
+    /// comes of that.
+    pub fn end(&self) {
+        self.reach(Stage::Over);
+    }
+
+    fn reach(&self, stage: Stage) {
+        self.stage.send_if_modified(|reached| std::mem::replace(reached, stage.max(*reached)) < stage);
     }
 
     /// Waits until every [`Drain`] is dropped: every connection has ended.
     pub async fn ended(&self) {
-        self.begin.closed().await;
+        self.stage.closed().await;
     }
 }
 
@@ -100,7 +118,21 @@ impl Default for DrainControl {
 impl Drain {
     async fn begun(&mut self) {
         // The control is gone only when the process ends.
-        let _ = self.begun.wait_for(|begun| *begun).await;
+        let _ = self.stage.wait_for(|stage| *stage >= Stage::Draining).await;
+    }
+
+    async fn over(&mut self) {
+        let _ = self.stage.wait_for(|stage| *stage == Stage::Over).await;
+    }
+
+    /// Runs something to its end, and polls it once more when the drain is over.
+    async fn run_to_end<F: Future>(&mut self, mut running: Pin<&mut F>) -> F::Output {
+        tokio::select! {
+            biased;
+            ended = running.as_mut() => return ended,
+            () = self.over() => {}
+        }
+        running.await
     }
 
     /// The drain has begun, and the time for requests that were on their way is over.
@@ -192,13 +224,14 @@ async fn serve_protocol<I>(
                 ended = connection.as_mut() => ended,
                 () = last_call(&activity, &mut drain) => {
                     connection.as_mut().graceful_shutdown();
-                    connection.await
+                    drain.run_to_end(connection).await
                 }
             };
             ended.map_err(Into::into)
         }
         Ok(Protocol::Http2) => {
-            let connection = http2(settings.write_timeout, metrics).serve_connection(TokioIo::new(edge), service);
+            let connection =
+                http2(settings.write_timeout, metrics, &drain).serve_connection(TokioIo::new(edge), service);
             // Boxed, so that the many of HTTP/1 need no room for it.
             let mut connection = Box::pin(connection);
             let ended = tokio::select! {
@@ -241,10 +274,20 @@ async fn serve(
 
 /// Waits for the drain, and then until the connection has been without a request for as long as [`LAST_CALL`]. From the
 /// drain on every answer of HTTP/1 says that it is the connection's last; a stream that had begun before could not say so,
-/// and its client may ask again.
+/// and its client may ask again. When the drain is over there is no more waiting.
 async fn last_call(activity: &Activity, drain: &mut Drain) {
     drain.begun().await;
     activity.end_with_next_answer();
+    // Boxed, as the sleep is.
+    let over = Box::pin(drain.over());
+    tokio::select! {
+        () = quiet(activity) => {}
+        () = over => {}
+    }
+}
+
+/// Waits until the connection has been without a request for as long as [`LAST_CALL`].
+async fn quiet(activity: &Activity) {
     let mut quiet_since = Instant::now();
     loop {
         sleep(quiet_since + LAST_CALL - Instant::now()).await;
@@ -268,8 +311,8 @@ fn http1() -> http1::Builder {
     builder
 }
 
-fn http2(write_timeout: Duration, metrics: Arc<Metrics>) -> http2::Builder<StreamExecutor> {
-    let mut builder = http2::Builder::new(StreamExecutor { write_timeout, metrics });
+fn http2(write_timeout: Duration, metrics: Arc<Metrics>, drain: &Drain) -> http2::Builder<StreamExecutor> {
+    let mut builder = http2::Builder::new(StreamExecutor { write_timeout, metrics, drain: drain.clone() });
     builder
         .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)

@@ -14,6 +14,7 @@ use std::time::Duration;
 use hyper::rt::Executor;
 use tokio::time::{Instant, Sleep};
 
+use super::Drain;
 use crate::metrics::{Guard, Metrics};
 
 tokio::task_local! {
@@ -32,11 +33,13 @@ pub fn gave() {
     let _ = OWED_SINCE.try_with(|since| since.set(Some(Instant::now())));
 }
 
-/// Runs HTTP/2 streams, and drops one, which resets it, when its client has read nothing for so long.
+/// Runs HTTP/2 streams, and drops one, which resets it, when its client has read nothing for so long. When the drain is over
+/// each is polled once more, as its connection is.
 #[derive(Clone)]
 pub struct StreamExecutor {
     pub write_timeout: Duration,
     pub metrics: Arc<Metrics>,
+    pub drain: Drain,
 }
 
 impl<F> Executor<F> for StreamExecutor
@@ -44,8 +47,9 @@ where
     F: Future<Output: Send> + Send + 'static,
 {
     fn execute(&self, stream: F) {
-        let (write_timeout, metrics) = (self.write_timeout, self.metrics.clone());
-        tokio::spawn(OWED_SINCE.scope(Cell::new(None), until_stuck(stream, write_timeout, metrics)));
+        let (write_timeout, metrics, mut drain) = (self.write_timeout, self.metrics.clone(), self.drain.clone());
+        let stream = OWED_SINCE.scope(Cell::new(None), until_stuck(stream, write_timeout, metrics));
+        tokio::spawn(async move { drain.run_to_end(pin!(stream)).await });
     }
 }
 

@@ -6,18 +6,19 @@ use std::io;
 use std::path::Path;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::crypto::ring::{Ticketer, sign};
 use tokio_rustls::rustls::pki_types::pem::{self, PemObject as _};
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::server::{ClientHello, ResolvesServerCert};
 use tokio_rustls::rustls::sign::CertifiedKey;
-use tokio_rustls::rustls::{Error, InconsistentKeys, ServerConfig};
+use tokio_rustls::rustls::{Error, InconsistentKeys, ServerConfig, ServerConnection};
 use zeroize::{Zeroize as _, Zeroizing};
 
-use super::edge::Protocol;
+use super::edge::{Protocol, serialize};
 use crate::config;
+use crate::error::{Cause, Failure};
 use crate::upstream::connect::Io;
 
 /// The protocols that weir offers, the one that it likes best first (RFC 7301).
@@ -72,15 +73,25 @@ impl Tls {
         *self.certificate.0.write().unwrap_or_else(PoisonError::into_inner) = new.0;
     }
 
-    /// Agrees on TLS with a client, and tells what was agreed to be spoken; `None` where the client left it open.
+    /// Agrees on TLS with a client, and tells what was agreed to be spoken; `None` where the client left it open. One that
+    /// speaks HTTP without TLS is told so.
     ///
     /// # Errors
     /// The client went away, or there is nothing to agree on.
-    pub(super) async fn accept<I>(&self, io: I) -> io::Result<(Io, Option<Protocol>)>
+    pub(super) async fn accept<I>(&self, mut io: I) -> io::Result<(Io, Option<Protocol>)>
     where
         I: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static,
     {
-        let stream = self.acceptor.accept(io).await?;
+        let mut first = [0];
+        io.read_exact(&mut first).await?;
+        // A record of TLS begins with its kind, 20 to 24; a method with a letter.
+        if first[0].is_ascii_alphabetic() {
+            refuse_plain(io).await?;
+            return Err(io::Error::other("it speaks HTTP without TLS"));
+        }
+        // One byte is no message yet, so there is nothing to be done about it before the next come.
+        let put_back = |connection: &mut ServerConnection| drop(connection.read_tls(&mut &first[..]));
+        let stream = self.acceptor.accept_with(io, put_back).await?;
         let is_http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
         Ok((Box::new(stream), is_http2.then_some(Protocol::Http2)))
     }
@@ -90,6 +101,15 @@ impl fmt::Debug for Tls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Tls")
     }
+}
+
+/// Tells a client that this is no port for HTTP without TLS, and reads what it still sends, until it ends: were that left
+/// unread, the kernel would reset the connection, and the answer with it.
+async fn refuse_plain(mut io: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
+    let failure = Failure::new(Cause::BadRequest, "this port speaks TLS: begin the base URL with https://");
+    io.write_all(&serialize(&failure)).await?;
+    io.shutdown().await?;
+    tokio::io::copy(&mut io, &mut tokio::io::sink()).await.map(drop)
 }
 
 fn read(config::Tls { cert, key }: &config::Tls) -> Result<CertifiedKey, String> {

@@ -5,7 +5,7 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use super::wire::WireError;
+use super::wire_error::WireError;
 
 /// The most bytes of chunk extensions in one body. Nobody uses them; they are read and dropped.
 const MAX_EXTENSIONS: usize = 16 << 10;

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode, Version, header, response};
 use hyper::ext::ReasonPhrase;
 
-use super::wire::WireError;
+use super::wire_error::WireError;
 
 /// An answer's head may not be longer.
 const MAX_HEAD: usize = 64 << 10;
@@ -36,6 +36,15 @@ pub enum Framing {
     UntilClose,
 }
 
+/// What is done to a body for the way to the next recipient (RFC 9112, 6.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Coding {
+    None,
+    Chunked,
+    /// Something that weir can't take off, alone or below the chunks.
+    Other,
+}
+
 /// An answer's head, and what it says of what follows.
 #[derive(Debug)]
 pub struct AnswerHead {
@@ -43,6 +52,18 @@ pub struct AnswerHead {
     pub framing: Framing,
     /// The connection may be used again when the body was read to its end.
     pub keep_alive: bool,
+}
+
+impl Coding {
+    /// What the fields of a request or an answer say of it.
+    pub fn of(fields: &HeaderMap) -> Self {
+        let mut codings = fields.get_all(header::TRANSFER_ENCODING).iter();
+        match (codings.next(), codings.next()) {
+            (None, _) => Self::None,
+            (Some(coding), None) if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => Self::Chunked,
+            (Some(_), _) => Self::Other,
+        }
+    }
 }
 
 impl Outgoing {
@@ -141,15 +162,12 @@ fn framing(asked: &Method, head: &response::Parts) -> Result<Framing, WireError>
     if asked == Method::HEAD || head.status.is_informational() || matches!(head.status.as_u16(), 204 | 304) {
         return Ok(Framing::Length(0));
     }
-    let mut codings = head.headers.get_all(header::TRANSFER_ENCODING).iter();
-    match (codings.next(), codings.next()) {
-        (None, _) => Ok(declared_length(&head.headers)?.map_or(Framing::UntilClose, Framing::Length)),
+    match Coding::of(&head.headers) {
+        Coding::None => Ok(declared_length(&head.headers)?.map_or(Framing::UntilClose, Framing::Length)),
         // An HTTP/1.0 sender knows nothing of it: the framing is faulty (RFC 9112, 6.1).
-        (Some(_), _) if head.version == Version::HTTP_10 => {
-            Err(WireError::Malformed("it is HTTP/1.0 with a Transfer-Encoding"))
-        }
-        (Some(coding), None) if coding.as_bytes().eq_ignore_ascii_case(b"chunked") => Ok(Framing::Chunked),
-        (Some(_), _) => Err(WireError::Malformed("it has a transfer coding that weir has not asked for")),
+        _ if head.version == Version::HTTP_10 => Err(WireError::Malformed("it is HTTP/1.0 with a Transfer-Encoding")),
+        Coding::Chunked => Ok(Framing::Chunked),
+        Coding::Other => Err(WireError::Malformed("it has a transfer coding that weir has not asked for")),
     }
 }
 

@@ -9,7 +9,7 @@ use http_body::Body as _;
 use tokio::io::AsyncWrite;
 
 use super::head::Outgoing;
-use super::{BodyFault, Payload};
+use super::payload::{BodyFault, Payload};
 
 /// A body, or a piece of one, up to this is copied behind what is written before it; a longer one is written from where it
 /// is.

@@ -22,7 +22,8 @@ use super::chunked::ChunkedDecoder;
 use super::connect::Io;
 use super::head::{AnswerHead, Framing, Outgoing, Taken, take_head};
 use super::outbox::Outbox;
-use super::{BodyFault, Payload};
+use super::payload::Payload;
+use super::wire_error::WireError;
 
 /// What is read at once.
 const READ_SIZE: usize = 32 << 10;
@@ -48,20 +49,6 @@ pub enum Reader {
     Length(u64),
     Chunked(ChunkedDecoder),
     UntilClose,
-}
-
-/// Why a connection is of no more use.
-#[derive(Debug)]
-pub enum WireError {
-    Io(io::Error),
-    /// The gateway closed it before the answer began.
-    Closed,
-    /// The gateway closed it in the middle of an answer.
-    Truncated,
-    /// What came is not the HTTP that weir reads.
-    Malformed(&'static str),
-    /// The client's body broke off: not the gateway's fault.
-    Upload(BodyFault),
 }
 
 /// An attempt that brought no answer.
@@ -322,26 +309,6 @@ impl Taking {
         Ok(Self { data: data.into(), surplus: used < read.len() })
     }
 }
-
-impl From<io::Error> for WireError {
-    fn from(error: io::Error) -> Self {
-        Self::Io(error)
-    }
-}
-
-impl fmt::Display for WireError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Io(error) => write!(f, "the connection broke: {error}"),
-            Self::Closed => f.write_str("the connection was closed before an answer"),
-            Self::Truncated => f.write_str("the connection was closed in the middle of the answer"),
-            Self::Malformed(what) => write!(f, "the answer cannot be read: {what}"),
-            Self::Upload(fault) => write!(f, "{fault}"),
-        }
-    }
-}
-
-impl std::error::Error for WireError {}
 
 #[cfg(test)]
 mod tests;

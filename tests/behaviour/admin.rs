@@ -144,6 +144,38 @@ async fn the_status_says_who_waits_for_what_and_whose_limit_it_is() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_client_that_a_reload_removes_is_listed_for_as_long_as_anything_of_its_is_under_way() {
+    let world = World::new(&format!("[limits]\nconcurrency = 2\n{TWO_CLIENTS}"), gated);
+    let operators = Operators::of(&world);
+    let of_bot: Vec<_> = (0..3).map(|_| world.spawn(bearer(chat(CHAT), "sk-own-bot"))).collect();
+    world.gateway.saw(2).await;
+    world.settle().await;
+    for without in ["[clients.batch]\nkey = \"sk-own-batch\"\n", ""] {
+        world.reload(&format!("[limits]\nconcurrency = 2\n{without}")).expect("it can change live");
+        let status = operators.status().await;
+        let bot = row(&status["clients"], "bot");
+        assert_eq!((&bot["in_flight"], &bot["waiting"]), (&2.into(), &1.into()), "{bot:#}");
+        assert_eq!(status["queue"]["groups"][0]["client"], "bot");
+        let rows = status["clients"].as_array().expect("a list");
+        let others: u64 =
+            rows.iter().filter(|row| row["name"] != "bot").filter_map(|row| row["in_flight"].as_u64()).sum();
+        assert_eq!((others, &status["now"]["in_flight"]), (0, &2.into()), "nobody is counted twice: {rows:#?}");
+    }
+    world.gateway.go_on();
+    world.gateway.saw(3).await;
+    world.settle().await;
+    world.gateway.go_on();
+    for answer in join_all(of_bot).await {
+        assert_eq!(answer.status, 200);
+    }
+    let status = operators.status().await;
+    assert!(status["clients"].as_array().expect("a list").iter().all(|row| row["name"] != "bot"), "{status:#}");
+    let counted = r#"weir_requests_total{model="gpt-4.1-mini",client="bot",outcome="ok"}"#;
+    assert_eq!(world.metric(counted), 3.0);
+    world.assert_nothing_held();
+}
+
+#[tokio::test(start_paused = true)]
 async fn clients_with_keys_of_their_own_are_counted_and_their_keys_not_shown() {
     let world =
         World::new("[limits]\nconcurrency = 2\n", |seen| if seen.number < 4 { completion() } else { gated(seen) });

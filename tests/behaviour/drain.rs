@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 
-use crate::gateway::{Step, answer, completion, event, stream_head};
+use crate::gateway::{Step, answer, chunk, completion, error, event, stream_head};
 use crate::world::{CHAT, STREAM, World, chat, collect, over_http2};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -217,4 +217,99 @@ async fn an_http2_connection_that_is_idle_or_just_begun_ends_at_once() {
     world.settle().await;
     assert!(late.is_closed());
     assert_eq!(world.elapsed(), 0);
+}
+
+// The end.
+
+/// A chat's answer in one piece of its two: the rest comes after the gate.
+fn half_an_answer() -> Vec<Step> {
+    let half = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 14\r\n\r\n{\"choi";
+    vec![Step::Send(half.into()), Step::Gate, Step::Send(b"ces\":[]}".to_vec())]
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_has_no_answer_when_the_drain_is_over_is_refused_wherever_the_request_is() {
+    let world = World::new("[limits]\nconcurrency = 1\n[retry]\nbase_delay = \"1min\"\n", |seen| {
+        if seen.number == 0 { error(503, &[]) } else { vec![Step::Stall] }
+    });
+    let (mut retrying, mut at_gateway, mut waiting, mut uploading) =
+        (world.raw(), world.raw(), world.raw(), world.raw());
+    retrying.write(post(CHAT)).await;
+    world.gateway.saw(1).await;
+    world.settle().await;
+    at_gateway.write(post(STREAM)).await;
+    world.gateway.saw(2).await;
+    waiting.write(post(CHAT)).await;
+    uploading.write(&post(CHAT)[..100]).await;
+    world.settle().await;
+    world.drain();
+    tokio::time::sleep(20 * SECOND).await;
+    world.end_drain();
+    for client in [&mut retrying, &mut at_gateway, &mut waiting, &mut uploading] {
+        let answer = client.answer().await.expect("an answer");
+        assert_eq!((answer.status.as_u16(), answer.code().as_str()), (503, "draining"));
+        assert_eq!(
+            ["connection", "retry-after", "x-weir-refused-by"].map(|name| answer.header(name)),
+            ["close", "1", "drain"]
+        );
+        assert_eq!(client.rest().await, "");
+    }
+    assert!((20_000..21_000).contains(&world.elapsed()), "{}", world.elapsed());
+    assert_eq!((world.attempts("5xx"), world.attempts("cancelled")), (1.0, 1.0));
+    assert_eq!(world.metric_sum("weir_refused_total", "reason=\"drain\""), 4.0);
+    world.settle().await;
+    world.assert_nothing_held();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_that_the_end_of_the_drain_cuts_says_so_between_two_events() {
+    for (path, kind) in [
+        ("/v1/chat/completions", r#"data: {"error":{"#),
+        ("/v1/messages", "event: error\ndata: {"),
+        ("/v1/responses", "event: error\ndata: {"),
+    ] {
+        let world = World::new("", |_| {
+            let cut_in_two = [chunk("data: {\"choices\":"), Step::Gate, chunk("[]}\n\n"), Step::Stall];
+            [stream_head(), event("one")].into_iter().chain(cut_in_two).collect()
+        });
+        let (mut client, mut http2) = (world.raw(), world.http2().await);
+        client.write(post(STREAM).replace("/v1/chat/completions", path)).await;
+        let mut request = chat(STREAM);
+        *request.uri_mut() = path.parse().expect("a path");
+        let second = http2.send_request(over_http2(request)).await.expect("an answer");
+        world.gateway.saw(2).await;
+        world.settle().await;
+        world.drain();
+        world.end_drain();
+        let second = tokio::spawn(collect(second));
+        world.settle().await;
+        assert!(!second.is_finished(), "there is half an event");
+        world.gateway.go_on();
+        for answer in [client.answer().await.expect("an answer"), second.await.expect("no panic")] {
+            let text = answer.text();
+            let (_, last) = text.trim_end().rsplit_once("\n\n").expect("several events");
+            assert!(!answer.broken && last.starts_with(kind) && last.contains("\"draining\""), "{path}: {text}");
+            assert!(text.contains("\"choices\":[]}\n\n") && text.ends_with("\n\n"), "{path}: {text}");
+        }
+        assert_eq!((client.rest().await.as_str(), world.elapsed()), ("", 0));
+        world.settle().await;
+        assert!(http2.is_closed());
+        assert_eq!((world.requests("failed"), world.attempts("cancelled")), (2.0, 2.0));
+        world.assert_nothing_held();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_can_say_nothing_may_still_end_before_it_is_cut() {
+    let world = World::new("", |_| half_an_answer());
+    let mut client = world.raw();
+    client.write(post(CHAT)).await;
+    world.gateway.saw(1).await;
+    world.settle().await;
+    world.drain();
+    world.end_drain();
+    world.settle().await;
+    world.gateway.go_on();
+    assert_eq!(client.answer().await.expect("a whole answer").text(), r#"{"choices":[]}"#);
+    assert_eq!((client.rest().await.as_str(), world.elapsed(), world.requests("ok")), ("", 0, 1.0));
 }

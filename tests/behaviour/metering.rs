@@ -405,3 +405,23 @@ async fn what_a_client_sent_and_the_gateway_repeats_is_not_taken_for_usage() {
     }
     assert_eq!((tokens(&world), world.elapsed()), ([20.0, 4.0, 0.0, 0.0], 0));
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_is_counted_for_all_together_is_there_at_zero_before_anything_has_happened() {
+    let world = World::new("", |_| completion());
+    let text = world.proxy.metrics().encode(&world.proxy.gauges());
+    // An alert on increase() sees the first one only if there was a 0 before it.
+    for series in [
+        r#"weir_client_disconnects_total{phase="queue"}"#,
+        r#"weir_client_disconnects_total{phase="stream"}"#,
+        r#"weir_guards_total{guard="max_connections"}"#,
+        r#"weir_guards_total{guard="write_timeout"}"#,
+        r#"weir_reloads_total{result="applied"}"#,
+        r#"weir_reloads_total{result="refused"}"#,
+        "weir_tls_handshake_failures_total",
+        "weir_access_log_dropped_total",
+        "weir_overhead_seconds_count",
+    ] {
+        assert!(text.lines().any(|line| line == format!("{series} 0")), "{series} is not 0 in {text}");
+    }
+}

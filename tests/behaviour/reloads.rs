@@ -1,6 +1,10 @@
 //! Another configuration comes into force while requests wait and stream.
 
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
+
+use weir::reload::{NotReloaded, Reloader, Report, Source};
 
 use crate::gateway::{Step, completion, event, stream_head};
 use crate::world::{Answer, CHAT, World, bearer, chat, join_all, with};
@@ -277,4 +281,35 @@ async fn a_reload_of_the_same_changes_nothing() {
     }
     join_all(sent).await;
     assert_eq!(world.times(), [0, 0, 100, 200, 300, 400]);
+}
+
+// The file.
+
+#[tokio::test(start_paused = true)]
+async fn a_file_that_cannot_be_read_for_now_is_not_waited_for_for_ever_and_changes_nothing_later() {
+    // To open a pipe is to wait until somebody writes to it, as on a disk that hangs.
+    let pipe = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(format!("reload-{}.pipe", std::process::id()));
+    let _ = std::fs::remove_file(&pipe);
+    assert!(Command::new("mkfifo").arg(&pipe).status().expect("there is a mkfifo").success());
+    let world = World::new("[limits]\nconcurrency = 1\n", |_| completion());
+    let source = Source { file: Some(pipe.clone()), on_applied: None };
+    let reloader = Reloader::new(world.proxy.for_another_worker(), None, source);
+    // The second one waits for its turn, which the thread that hangs has.
+    let both = tokio::join!(reloader.reload_file(), reloader.reload_file());
+    assert_eq!((both.0, both.1, world.elapsed()), (slow(&pipe), slow(&pipe), 10_000));
+    let said = slow(&pipe).expect_err("it is slow").to_string();
+    assert!(said.contains("10 s") && said.contains("Nothing has changed"), "{said}");
+    assert_eq!(world.metric("weir_reloads_total{result=\"refused\"}"), 2.0);
+    // Now it can be read, and nobody waits for it any more.
+    std::fs::write(&pipe, "[limits]\nconcurrency = 2\n").expect("it is read");
+    std::fs::remove_file(&pipe).expect("it is there");
+    std::fs::write(&pipe, "[limits]\nconcurrency = 3\n").expect("a folder of the tests");
+    tokio::time::resume();
+    let report = reloader.reload_file().await.expect("its turn has come");
+    assert_eq!(report.changes.len(), 2, "the first time is over: {report}");
+    assert!(report.to_string().contains("limits.concurrency = 3 (was 1)"), "{report}");
+}
+
+fn slow(file: &Path) -> Result<Report, NotReloaded> {
+    Err(NotReloaded::Slow(file.to_owned()))
 }

@@ -148,7 +148,7 @@ async fn what_is_no_tls_gets_no_answer_and_reaches_nobody() {
     let identity = Identity::new();
     let (world, tls) = (World::new("", |_| completion()), identity.load());
     let garbage = [b"\x16\x03\x01\xff\xff".as_slice(), &[0xff; 20_000]].concat();
-    for bytes in [GET.as_bytes(), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\x16\x03\x01", &garbage] {
+    for bytes in [b"\x80\x2e\x01\x00\x02".as_slice(), b"\r\n\r\n", b"\x16\x03\x01", &garbage] {
         let mut client = world.connect_to_tls(&tls);
         // It may be closed before it has taken everything.
         let _ = client.write_all(bytes).await;
@@ -157,6 +157,32 @@ async fn what_is_no_tls_gets_no_answer_and_reaches_nobody() {
         assert!(!answer.contains("HTTP"), "{answer}");
     }
     assert_eq!((failed_handshakes(&world), world.elapsed(), world.gateway.seen().len()), (4.0, 0, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_speaks_http_without_tls_is_told_so_and_reaches_nobody() {
+    let identity = Identity::new();
+    let (world, tls) = (World::new("[server]\nheader_timeout = \"10s\"\n", |_| completion()), identity.load());
+    let long = format!("POST /v1/files HTTP/1.1\r\ncontent-length: 200000\r\n\r\n{}", "x".repeat(200_000));
+    for bytes in [GET, "G", "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &long] {
+        let mut client = world.connect_to_tls(&tls);
+        client.write_all(bytes.as_bytes()).await.expect("it is read to its end");
+        let (answer, ended) = read_all(&mut client).await;
+        ended.expect("an orderly end");
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a head");
+        assert!(head.starts_with("HTTP/1.1 400 Bad Request\r\nconnection: close\r\n"), "{head}");
+        let error: serde_json::Value = serde_json::from_str(body).expect("an error is JSON");
+        assert_eq!(error["error"]["code"], "bad_request");
+        assert!(error["error"]["message"].as_str().expect("a message").contains("https://"), "{error}");
+    }
+    // Who goes on and on is cut off when a handshake would be.
+    let (mut endless, begun) = (world.connect_to_tls(&tls), world.elapsed());
+    while endless.write_all(GET.as_bytes()).await.is_ok() {
+        tokio::time::sleep(SECOND).await;
+    }
+    assert!((10_000..=11_000).contains(&(world.elapsed() - begun)), "{}", world.elapsed() - begun);
+    assert_eq!((failed_handshakes(&world), world.gateway.seen().len()), (5.0, 0));
+    world.assert_nothing_held();
 }
 
 #[tokio::test(start_paused = true)]

@@ -197,6 +197,13 @@ impl World {
         self.drain.begin();
     }
 
+    /// Ends the drain, as `server.drain` does when it is over.
+    pub fn end_drain(&self) {
+        self.proxy.gate().close();
+        self.proxy.cuts_what_runs();
+        self.drain.end();
+    }
+
     /// A chat request on a connection of its own, answered in full.
     pub async fn chat(&self) -> Answer {
         self.send(chat(CHAT)).await

@@ -10,7 +10,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio_rustls::server::TlsStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
-use super::super::Streamed;
+use super::super::{BodyFault, Streamed};
 use super::*;
 
 /// A body, or a piece of one, longer than this is written from where it is.
