@@ -9,7 +9,7 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 
 use crate::gateway::{Seen, Step, answer, chunk, completion, done, error, event, json, stream_head};
-use crate::world::{STREAM, World, chat, collect, request};
+use crate::world::{CHAT, STREAM, World, chat, collect, request};
 
 const MODEL: &str = "gpt-4.1-mini";
 
@@ -216,6 +216,49 @@ async fn retries_and_the_sleep_before_them_count_for_the_request_only() {
     assert_eq!(histogram(&world, "upstream_duration"), (2.0, 500));
     assert_eq!(histogram(&world, "queue_wait"), (2.0, 4000));
     assert_eq!(histogram(&world, "time_to_first_token"), (0.0, 0), "of streams only");
+    assert_eq!(world.metric("weir_overhead_seconds_sum"), 0.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_wait_is_weirs_overhead_though_it_was_in_vain() {
+    /// The gateway refuses all but this request, for which it takes three seconds.
+    fn all_but(number: usize) -> impl Fn(&Seen) -> Vec<Step> {
+        move |seen| match seen.number == number {
+            true => [vec![wait(3000)], completion()].concat(),
+            false => error(409, &[]),
+        }
+    }
+    let budget = "[retry]\nbudget = 0\n[timeouts]\ndeadline = \"8s\"\n[limits]\n";
+    let ways = [
+        ("the queue", "[queue]\nmax_wait = \"2500ms\"\n[limits]\nconcurrency = 1\n".to_owned(), 1, 1),
+        // Ten retries are free; the others sleep, and are out of time.
+        ("the budget", format!("{budget}concurrency = 100\n"), 20, 30),
+        // They sleep while it is allowed, and when the slot is free others have been quicker.
+        ("the budget, with a permit", format!("{budget}concurrency = 1\n"), 20, 30),
+    ];
+    for (what, config, refused, attempts) in ways {
+        let world = World::new(&config, all_but(refused));
+        let mut clients: Vec<_> = (0..refused).map(|_| world.spawn(chat(CHAT))).collect();
+        world.gateway.saw(refused).await;
+        clients.push(world.spawn(chat(CHAT)));
+        for client in clients {
+            assert!([200, 409].contains(&client.await.expect("answered").status.as_u16()), "{what}");
+        }
+        let overhead = |suffix| world.metric(&format!("weir_overhead_seconds_{suffix}"));
+        assert_eq!(world.attempts("4xx"), f64::from(attempts), "{what}");
+        assert_eq!((overhead("count"), overhead("sum")), (refused as f64 + 1.0, 0.0), "{what}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_clients_body_is_not_weirs_overhead() {
+    let world = World::new("", |_| completion());
+    let mut client = world.raw();
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: weir\r\ncontent-length: ";
+    client.write(format!("{head}{}\r\n\r\n", CHAT.len())).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    client.write(CHAT).await;
+    assert_eq!(client.answer_status().await, 200);
     assert_eq!(world.metric("weir_overhead_seconds_sum"), 0.0);
 }
 
