@@ -9,7 +9,7 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 
 use crate::gateway::{Seen, Step, answer, chunk, completion, done, error, event, json, stream_head};
-use crate::world::{CHAT, STREAM, World, chat, collect, request};
+use crate::world::{CHAT, STREAM, World, bearer, chat, collect, request};
 
 const MODEL: &str = "gpt-4.1-mini";
 
@@ -140,6 +140,36 @@ async fn made_up_names_make_no_series_without_end() {
     assert_eq!(world.metric(&format!("{others}\"ok\"}}")), 300.0 - 256.0);
     assert_eq!(world.metric(&format!("{others}\"client_error\"}}")), 300.0);
     assert_eq!(world.metric_sum("weir_requests_total", ""), 600.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_who_wait_are_counted_at_the_limit_that_they_wait_for() {
+    let config = "[limits]\nconcurrency = 3\n[models.slow]\nconcurrency = 1\n[models.tried]\nconcurrency = 1\n\
+                  mode = \"observe\"\n[clients.batch]\nkey = \"batch\"\nrequests = { rate = \"1/min\", burst = 1 }\n\
+                  [clients.bot]\nkey = \"bot\"\n";
+    let world = World::new(config, |seen| match String::from_utf8_lossy(&seen.body).contains("cold") {
+        true => error(429, &[("retry-after", "60")]),
+        false => vec![Step::Stall],
+    });
+    let mut sent = Vec::new();
+    for (key, model, count) in [("bot", "cold", 1), ("batch", "fast", 3), ("bot", "slow", 3), ("bot", "tried", 6)] {
+        sent.extend((0..count).map(|_| world.spawn(bearer(chat_to(model), key))));
+        world.settle().await;
+    }
+    let at = |scope, name, unit| {
+        world.metric(&format!(r#"weir_limit_waiting{{scope="{scope}",name="{name}",unit="{unit}"}}"#))
+    };
+    assert_eq!(world.metric_sum("weir_learned_waiting", ""), 1.0, "the gateway's word for cold: other by name");
+    assert_eq!(at("client", "batch", "requests"), 2.0);
+    assert_eq!(at("model", "slow", "concurrency"), 2.0);
+    assert_eq!(at("global", "", "concurrency"), 5.0, "two before them are under way, and one of theirs");
+    assert_eq!(at("model", "tried", "concurrency"), 0.0, "what only observes holds nobody up");
+    assert_eq!(world.metric_sum("weir_limit_waiting", ""), 9.0, "each waits for one limit at a time");
+    assert_eq!(world.metric_sum("weir_waiting", ""), 10.0);
+    sent.iter().for_each(tokio::task::JoinHandle::abort);
+    drop(sent);
+    world.settle().await;
+    assert_eq!((world.metric_sum("weir_limit_waiting", ""), world.metric_sum("weir_learned_waiting", "")), (0.0, 0.0));
 }
 
 // Times.
