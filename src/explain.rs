@@ -344,7 +344,8 @@ fn write_limits(text: &mut String, limits: &Value, indent: &str, none: &str) -> 
         };
         let refill = match limit["refill_per_second"].as_f64() {
             Some(rate) if rate >= 1.0 => format!(", refills {rate:.1} a second"),
-            Some(rate) => format!(", refills {:.1} a minute", rate * 60.0),
+            Some(rate) if rate * 60.0 >= 1.0 => format!(", refills {:.1} a minute", rate * 60.0),
+            Some(rate) => format!(", refills {:.1} an hour", rate * 3600.0),
             None => String::new(),
         };
         let waiting = limit["waiting"].as_u64().filter(|waiting| *waiting > 0);

@@ -180,7 +180,8 @@ impl Ledger {
         self.model.queue_wait(waited);
     }
 
-    /// Time that was neither weir's nor the queue's: reading the client's body, sleeping before a retry.
+    /// Time that was neither weir's nor the queue's: reading the client's body, sleeping before a retry,
+    /// waiting for the budget.
     pub fn spent_elsewhere(&mut self, spent: Duration) {
         self.elsewhere += spent;
     }

@@ -18,6 +18,7 @@ use crate::metrics::ReloadResult;
 use crate::outlet::Sink;
 use crate::proxy::{CannotChange, Proxy};
 use crate::server::{NewCertificate, Tls};
+use crate::systemd;
 
 /// How long a reload may take to read all that it needs, and to wait for one before it. A disk that hangs is not waited for
 /// longer; what comes from it later is thrown away.
@@ -184,6 +185,13 @@ impl Reloader {
             Err(_) => Some(ReloadResult::Refused),
         };
         result.into_iter().for_each(|result| self.proxy.metrics().reload(result, SystemTime::now()));
+        match result {
+            Some(ReloadResult::Applied) => systemd::notify("STATUS=the last reload was applied"),
+            Some(ReloadResult::Refused) => {
+                systemd::notify("STATUS=the last reload was refused, and nothing has changed: the log says why");
+            }
+            None => {}
+        }
         match outcome {
             Ok(Report { changes }) => {
                 for change in changes {

@@ -151,7 +151,7 @@ fn not_connected(listener: std::net::TcpListener) -> io::Result<std::net::TcpLis
     }
 }
 
-/// Tells the service manager, where one wants to know: `READY=1`, `STOPPING=1`.
+/// Tells the service manager, where one wants to know: `READY=1`, `STOPPING=1`, or how it stands in words (`STATUS=…`).
 pub fn notify(state: &str) {
     let Ok(path) = env::var("NOTIFY_SOCKET") else { return };
     let told = address_of(&path).and_then(|address| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address));

@@ -79,7 +79,11 @@ impl Weir {
     }
 
     fn terminate(&self) {
-        let sent = Command::new("kill").arg("-TERM").arg(self.child.id().to_string()).status();
+        self.signal("-TERM");
+    }
+
+    fn signal(&self, signal: &str) {
+        let sent = Command::new("kill").arg(signal).arg(self.child.id().to_string()).status();
         assert!(sent.expect("there is a kill").success());
     }
 
@@ -106,8 +110,13 @@ impl Drop for Weir {
 
 /// `weir serve` with this configuration.
 fn weir(config: &str) -> Command {
+    weir_with(&file("toml", config))
+}
+
+/// `weir serve` with the configuration in this file.
+fn weir_with(config: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_weir"));
-    command.arg("serve").arg("--config").arg(file("toml", config)).stdout(Stdio::null());
+    command.arg("serve").arg("--config").arg(config).stdout(Stdio::null());
     command
 }
 
@@ -477,21 +486,51 @@ async fn sockets_that_nobody_can_use_are_told() {
     drop(client);
 }
 
+/// What a service manager hears.
+struct Manager {
+    place: Place,
+    socket: UnixDatagram,
+}
+
+impl Manager {
+    fn new() -> Self {
+        let place = Place::new();
+        let socket = UnixDatagram::bind(&place.0).expect("a free path");
+        socket.set_read_timeout(Some(DEADLINE)).expect("a timeout");
+        Self { place, socket }
+    }
+
+    /// The next word.
+    fn heard(&self) -> String {
+        let mut room = [0; 256];
+        let length = self.socket.recv(&mut room).expect("a word");
+        String::from_utf8_lossy(&room[..length]).into_owned()
+    }
+}
+
 #[test]
 fn a_service_manager_is_told_that_it_is_ready_and_that_it_stops() {
-    let place = Place::new();
-    let manager = UnixDatagram::bind(&place.0).expect("a free path");
-    manager.set_read_timeout(Some(DEADLINE)).expect("a timeout");
-    let heard = || {
-        let mut room = [0; 64];
-        let length = manager.recv(&mut room).expect("a word");
-        String::from_utf8_lossy(&room[..length]).into_owned()
-    };
-    let weir = Weir::start(weir(&ports("")).env("NOTIFY_SOCKET", &place.0));
-    assert_eq!(heard(), "READY=1");
+    let manager = Manager::new();
+    let weir = Weir::start(weir(&ports("")).env("NOTIFY_SOCKET", &manager.place.0));
+    assert_eq!(manager.heard(), "READY=1");
     weir.terminate();
-    assert_eq!(heard(), "STOPPING=1");
+    assert_eq!(manager.heard(), "STOPPING=1");
     assert_eq!(weir.ends().0.code(), Some(0));
+}
+
+#[test]
+fn a_service_manager_is_told_what_became_of_a_reload() {
+    let manager = Manager::new();
+    let config = file("toml", &ports(""));
+    let weir = Weir::start(weir_with(&config).env("NOTIFY_SOCKET", &manager.place.0));
+    assert_eq!(manager.heard(), "READY=1");
+    for (text, word) in [("nonsense = 1\n", "refused"), ("[queue]\nmax_waiting = 9\n", "applied")] {
+        std::fs::write(&config, ports(text)).expect("it was written before");
+        weir.signal("-HUP");
+        assert!(manager.heard().starts_with(&format!("STATUS=the last reload was {word}")), "{word}");
+    }
+    weir.terminate();
+    assert_eq!(manager.heard(), "STOPPING=1");
 }
 
 // Stopping.

@@ -18,7 +18,10 @@ PAIR = f'{MODEL}, client=~"$client"'
 RATE = "[$__rate_interval]"
 
 PROMETHEUS = {"type": "prometheus", "uid": "${datasource}"}
-WIDTH, HEIGHT = 24, 7
+WIDTH, HEIGHT = 24, 8
+
+# Units of Grafana's: it puts k and M before these.
+TOKENS, TOKENS_PER_SECOND, PER_MINUTE, COUNTS_PER_SECOND = "si:tok", "si:tok/s", "si:/min", "cps"
 
 
 def rate(metric: str, selector: str, by: str = "") -> str:
@@ -48,10 +51,15 @@ class Panel:
         steps: list[tuple[float | None, str]] | None = None,
         most: float | None = None,
         least: float | None = 0,
+        nothing: str | None = None,
+        words: dict[int, str] | None = None,
+        others: list[dict[str, Any]] | None = None,
     ):
         self.title, self.about, self.queries = title, about, queries
         self.unit, self.kind, self.width, self.stack = unit, kind, width, stack
         self.colors, self.steps, self.most, self.least = colors or {}, steps, most, least
+        # What it says where there is no data, what it says for a number, and series that look different.
+        self.nothing, self.words, self.others = nothing, words or {}, others or []
 
     def json(self, number: int, x: int, y: int) -> dict[str, Any]:
         instant = self.kind in ("stat", "bargauge")
@@ -73,12 +81,16 @@ class Panel:
                 }
                 for index, (expression, legend) in enumerate(self.queries)
             ],
-            "fieldConfig": {"defaults": self.defaults(), "overrides": [color(*it) for it in self.colors.items()]},
+            "fieldConfig": {"defaults": self.defaults(), "overrides": self.overrides()},
             "options": self.options(),
         }
 
     def height(self) -> int:
-        return 4 if self.kind == "stat" else HEIGHT
+        return 4 if self.kind == "stat" and self.width < 8 else HEIGHT
+
+    def overrides(self) -> list[dict[str, Any]]:
+        limits = [LIMIT] if any(legend.endswith(", limit") for _, legend in self.queries) else []
+        return [color(*it) for it in self.colors.items()] + limits + self.others
 
     def defaults(self) -> dict[str, Any]:
         steps = self.steps or [(None, "blue" if self.kind == "stat" else "green")]
@@ -86,6 +98,12 @@ class Panel:
             "unit": self.unit,
             "min": self.least,
             "max": self.most,
+            "noValue": self.nothing,
+            "mappings": [{"type": "value", "options": {str(n): {"text": word} for n, word in self.words.items()}}]
+            if self.words
+            else None,
+            # A half of "open" is no tick of an axis.
+            "decimals": 0 if self.words else None,
             "color": {"mode": "palette-classic" if self.kind == "timeseries" else "thresholds"},
             "thresholds": {"mode": "absolute", "steps": [{"value": value, "color": name} for value, name in steps]},
         }
@@ -99,6 +117,8 @@ class Panel:
                 # A gap of a scrape or two is no end.
                 "spanNulls": 120000,
             }
+            if self.steps:
+                defaults["custom"]["thresholdsStyle"] = {"mode": "dashed"}
         return {key: value for key, value in defaults.items() if value is not None}
 
     def options(self) -> dict[str, Any]:
@@ -119,6 +139,31 @@ def color(name: str, fixed: str) -> dict[str, Any]:
     properties = [{"id": "color", "value": {"mode": "fixed", "fixedColor": fixed}}]
     return {"matcher": {"id": "byName", "options": name}, "properties": properties}
 
+
+# What is a bound, and not a part of what is drawn.
+LIMIT = {
+    "matcher": {"id": "byRegexp", "options": "/, limit$/"},
+    "properties": [
+        {"id": "custom.lineStyle", "value": {"fill": "dash", "dash": [10, 10]}},
+        {"id": "custom.fillOpacity", "value": 0},
+    ],
+}
+
+# There are a thousand times as many tokens as requests.
+TOKENS_AT_THE_RIGHT = {
+    "matcher": {"id": "byRegexp", "options": "/: tokens/"},
+    "properties": [{"id": "custom.axisPlacement", "value": "right"}, {"id": "unit", "value": "si:tok/min"}],
+}
+
+# Beside seconds, a yes or no.
+LAST_ONE = {
+    "matcher": {"id": "byRegexp", "options": "/: the last one$/"},
+    "properties": [
+        {"id": "unit", "value": "bool_yes_no"},
+        {"id": "color", "value": {"mode": "thresholds"}},
+        {"id": "thresholds", "value": {"mode": "absolute", "steps": [{"value": None, "color": "red"}, {"value": 1, "color": "green"}]}},
+    ],
+}
 
 OUTCOMES = {
     "ok": "green",
@@ -145,7 +190,25 @@ ALL_REQUESTS = rate("weir_requests_total", PAIR)
 FAULTLESS = rate("weir_requests_total", PAIR + ', outcome!~"client_error|disconnected"')
 ATTEMPTS = rate("weir_upstream_attempts_total", MODEL, "model")
 
+LIMIT_LEGEND = "{{scope}} {{name}}: {{unit}}"
+
+
+def who_waits(metric: str, selector: str, by: str) -> str:
+    """Now, by what they wait for; only what somebody has waited for within the hour."""
+    series = f"{metric}{{{selector}}}"
+    return f"sum by ({by}) ({series}) and sum by ({by}) (max_over_time({series}[1h])) > 0"
+
+
 OVERVIEW = [
+    Panel(
+        "weirs up",
+        "How many Prometheus reaches.",
+        (f"sum(up{{{WEIR}}})", ""),
+        kind="stat",
+        width=2,
+        steps=[(None, "red"), (1, "green")],
+        nothing="none",
+    ),
     Panel("Requests", "Requests that ended, a second.", (ALL_REQUESTS, ""), unit="reqps", kind="stat", width=3),
     Panel(
         "Errors",
@@ -155,6 +218,7 @@ OVERVIEW = [
         kind="stat",
         width=3,
         steps=BAD,
+        nothing="no requests",
     ),
     Panel(
         "Refused",
@@ -164,9 +228,18 @@ OVERVIEW = [
         kind="stat",
         width=3,
         steps=BAD,
+        nothing="no requests",
     ),
     Panel("In flight", "Requests that hold a slot now.", (f"sum(weir_in_flight{{{MODEL}}})", ""), kind="stat", width=3),
-    Panel("Waiting", "Requests in the queue now.", (f"sum(weir_waiting{{{MODEL}}})", ""), kind="stat", width=3),
+    Panel(
+        "Waiting, for whom",
+        "Requests in the queue now: for a limit of weir's configuration, or for the gateway (what weir has learned of it, or was "
+        "told). Whose limit it is: the panel below.",
+        (f"sum(weir_limit_waiting{{{WEIR}}})", "weir's limits"),
+        (f"sum(weir_learned_waiting{{{MODEL}}})", "the gateway"),
+        kind="stat",
+        width=4,
+    ),
     Panel(
         "Wait, p95",
         "One in twenty attempts waits so long for its permit, or until it is refused.",
@@ -174,6 +247,7 @@ OVERVIEW = [
         unit="s",
         kind="stat",
         width=3,
+        nothing="none lately",
         steps=[(None, "green"), (10, "orange"), (30, "red")],
     ),
     Panel(
@@ -183,14 +257,7 @@ OVERVIEW = [
         unit="s",
         kind="stat",
         width=3,
-    ),
-    Panel(
-        "weirs up",
-        "How many Prometheus reaches.",
-        (f"sum(up{{{WEIR}}})", ""),
-        kind="stat",
-        width=3,
-        steps=[(None, "red"), (1, "green")],
+        nothing="none lately",
     ),
     Panel(
         "Requests by outcome",
@@ -202,16 +269,14 @@ OVERVIEW = [
         colors=OUTCOMES,
     ),
     Panel(
-        "In flight against limit",
-        "What is under way, and what may be: where slots are adaptive, as much as the gateway has been found to take.",
-        (f"sum by (model) (weir_in_flight{{{MODEL}}})", "{{model}}"),
-        (f"sum by (model) (weir_concurrency_limit{{{MODEL}}})", "{{model}}, limit"),
-    ),
-    Panel(
-        "Waiting",
-        "Requests in the queue, by model. They wait for a slot, a quota or the end of a cool-down: the row Limits tells which.",
-        (f"sum by (model) (weir_waiting{{{MODEL}}})", "{{model}}"),
+        "Waiting, by whose limit",
+        "Where the queue stands. A limit by its scope, name and unit is weir's configuration: raise it, or send less. gateway is "
+        "what weir has learned of it or was told (a quota, a cool-down, the breaker, adaptive slots): nothing to change in weir. "
+        "A request waits for one limit at a time; behind it there may be others.",
+        (who_waits("weir_limit_waiting", WEIR, "scope, name, unit"), LIMIT_LEGEND),
+        (who_waits("weir_learned_waiting", MODEL, "model"), "gateway: {{model}}"),
         stack=True,
+        nothing="nobody has waited",
     ),
     Panel(
         "Refused by reason",
@@ -222,10 +287,15 @@ OVERVIEW = [
         stack=True,
     ),
     Panel(
-        "Would be refused",
-        "What limits in observe mode would have refused. Enforce them when this is what you meant.",
-        (rate("weir_observed_total", PAIR, "reason"), "{{reason}}"),
-        unit="reqps",
+        "In flight against limit",
+        "What is under way, and what may be: where slots are adaptive, as much as the gateway has been found to take.",
+        (f"sum by (model) (weir_in_flight{{{MODEL}}})", "{{model}}"),
+        (f"sum by (model) (weir_concurrency_limit{{{MODEL}}})", "{{model}}, limit"),
+    ),
+    Panel(
+        "Waiting, by model",
+        "Requests in the queue. They wait for a slot, a quota or the end of a cool-down: the panel above tells which.",
+        (f"sum by (model) (weir_waiting{{{MODEL}}})", "{{model}}"),
         stack=True,
     ),
     Panel(
@@ -308,16 +378,17 @@ MODELS = [
         "Tokens",
         "As the gateway counts them. cached is part of prompt, reasoning part of completion.",
         (rate("weir_tokens_total", PAIR, "model, kind"), "{{model}}, {{kind}}"),
+        unit=TOKENS_PER_SECOND,
     ),
 ]
 
 LIMITS = [
     Panel(
         "Left of each limit",
-        "What remains of a bucket's burst, or of the slots. At nothing, requests wait for it.",
+        "What remains of a bucket's burst, or of the slots; the twenty with least. At nothing, requests wait for it.",
         (
-            f"min by (scope, name, unit) (weir_limit_remaining{{{WEIR}}} / (weir_limit_capacity{{{WEIR}}} > 0))",
-            "{{scope}} {{name}}: {{unit}}",
+            f"bottomk(20, min by (scope, name, unit) (weir_limit_remaining{{{WEIR}}} / (weir_limit_capacity{{{WEIR}}} > 0)))",
+            LIMIT_LEGEND,
         ),
         unit="percentunit",
         kind="bargauge",
@@ -329,7 +400,7 @@ LIMITS = [
         "The same. One that stays at the bottom is the one that requests wait for.",
         (
             f"min by (scope, name, unit) (weir_limit_remaining{{{WEIR}}} / (weir_limit_capacity{{{WEIR}}} > 0))",
-            "{{scope}} {{name}}: {{unit}}",
+            LIMIT_LEGEND,
         ),
         unit="percentunit",
         most=1,
@@ -340,13 +411,22 @@ LIMITS = [
         "What comes back to each limit, a minute, of all weirs together.",
         (
             f"60 * sum by (scope, name, unit) (weir_limit_refill_per_second{{{WEIR}}})",
-            "{{scope}} {{name}}: {{unit}}",
+            LIMIT_LEGEND,
         ),
+        unit=PER_MINUTE,
+        others=[TOKENS_AT_THE_RIGHT],
     ),
     Panel(
         "Slots",
         "How many of a model's requests may be under way, in each weir. Where slots are adaptive they follow the gateway.",
         (f"weir_concurrency_limit{{{MODEL}}}", "{{instance}}: {{model}}"),
+    ),
+    Panel(
+        "Would be refused",
+        "What limits in observe mode would have refused. Enforce them when this is what you meant.",
+        (rate("weir_observed_total", PAIR, "reason"), "{{reason}}"),
+        unit="reqps",
+        stack=True,
     ),
     Panel(
         "Cool-down",
@@ -360,12 +440,15 @@ LIMITS = [
         "while nothing is known, which is as it should be where nothing is refused.",
         (f"60 * sum by (model, source) (weir_learned_requests_per_second{{{MODEL}}})", "{{model}}: requests, {{source}}"),
         (f"60 * sum by (model) (weir_learned_tokens_per_second{{{MODEL}}})", "{{model}}: tokens"),
+        unit=PER_MINUTE,
+        others=[TOKENS_AT_THE_RIGHT],
     ),
     Panel(
         "Breaker",
-        "1 while the gateway fails: it is tried once a second, and the others wait, until they are refused.",
+        "Open while the gateway fails: it is tried once a second, and the others wait, until they are refused.",
         (f"max by (model) (weir_breaker_open{{{MODEL}}})", "{{model}}"),
         most=1,
+        words={0: "closed", 1: "open"},
     ),
 ]
 
@@ -381,6 +464,7 @@ CLIENTS = [
         "Tokens by client",
         "Prompt and completion. Who waits takes turns by what each client has had of these.",
         (rate("weir_tokens_total", PAIR + ', kind=~"prompt|completion"', "client"), "{{client}}"),
+        unit=TOKENS_PER_SECOND,
         stack=True,
     ),
     Panel(
@@ -402,9 +486,8 @@ ITSELF = [
     ),
     Panel(
         "Clients' connections",
-        "And server.max_connections. Beyond it connections wait in the kernel.",
+        "Beyond server.max_connections they wait in the kernel, unseen: Bounds in use says how near that is.",
         (f"weir_client_connections{{{WEIR}}}", "{{instance}}"),
-        (f"weir_client_connections_limit{{{WEIR}}}", "{{instance}}, limit"),
     ),
     Panel(
         "Connections to the gateway",
@@ -414,25 +497,28 @@ ITSELF = [
     ),
     Panel(
         "Bodies in memory",
-        "Of requests that wait or are under way without an answer, and queue.max_bytes.",
+        "Of requests that wait or are under way without an answer. Beyond queue.max_bytes newcomers are refused: Bounds in use "
+        "says how near that is.",
         (f"weir_buffered_bytes{{{WEIR}}}", "{{instance}}"),
-        (f"weir_buffered_bytes_limit{{{WEIR}}}", "{{instance}}, limit"),
         unit="bytes",
     ),
     Panel(
         "Bounds in use",
-        "Of queue.max_waiting, queue.max_bytes, server.max_connections, and the file descriptors.",
+        "Of queue.max_waiting, queue.max_bytes, server.max_connections, and the file descriptors. At the top, newcomers are refused "
+        "or have to wait: docs/operations.md, Sizing.",
         (f"sum by (instance) (weir_waiting{{{WEIR}}}) / on (instance) weir_waiting_limit{{{WEIR}}}", "{{instance}}: queue"),
         (f"weir_buffered_bytes{{{WEIR}}} / weir_buffered_bytes_limit{{{WEIR}}}", "{{instance}}: bodies"),
         (f"weir_client_connections{{{WEIR}}} / weir_client_connections_limit{{{WEIR}}}", "{{instance}}: connections"),
         (f"process_open_fds{{{WEIR}}} / process_max_fds{{{WEIR}}}", "{{instance}}: file descriptors"),
         unit="percentunit",
         steps=FULL,
+        most=1,
     ),
     Panel(
         "Reserved tokens",
         "What requests under way are estimated to take, and is not settled yet.",
         (f"weir_reserved_tokens{{{WEIR}}}", "{{instance}}"),
+        unit=TOKENS,
     ),
     Panel(
         "Memory",
@@ -455,7 +541,7 @@ ITSELF = [
         "Guards",
         "How often a bound of [server] has held a client up, refused it or cut it off.",
         (rate("weir_guards_total", WEIR, "guard"), "{{guard}}"),
-        unit="reqps",
+        unit=COUNTS_PER_SECOND,
         stack=True,
     ),
     Panel(
@@ -466,22 +552,27 @@ ITSELF = [
     ),
     Panel(
         "Configuration",
-        "How long the configuration in force has been, and whether it is the last one given: 1, or 0 where that was refused.",
+        "How long the configuration in force has been, and whether it is the last one given, or that was refused: then weir's log "
+        "says why.",
         (f"time() - weir_config_last_reload_success_timestamp_seconds{{{WEIR}}}", "{{instance}}: age"),
-        (f"weir_config_last_reload_successful{{{WEIR}}}", "{{instance}}: is the last"),
+        (f"weir_config_last_reload_successful{{{WEIR}}}", "{{instance}}: the last one"),
         unit="s",
-        kind="bargauge",
+        kind="stat",
+        others=[LAST_ONE],
     ),
     Panel(
         "Stopping",
-        "1 from the signal to stop on. It serves on for server.lame_duck, then what has begun may end for server.drain.",
+        "From the signal to stop on. It serves on for server.lame_duck, then what has begun may end for server.drain.",
         (f"weir_draining{{{WEIR}}}", "{{instance}}"),
+        most=1,
+        words={0: "serves", 1: "stops"},
     ),
     Panel(
         "Lost",
         "Lines of the access log that were not written, and TLS handshakes that came to nothing, a second.",
         (rate("weir_access_log_dropped_total", WEIR), "log lines"),
         (rate("weir_tls_handshake_failures_total", WEIR), "handshakes"),
+        unit=COUNTS_PER_SECOND,
     ),
     Panel(
         "Versions and uptime",
@@ -498,8 +589,8 @@ ITSELF = [
 
 ROWS = [
     ("Overview", OVERVIEW),
-    ("Models", MODELS),
     ("Limits", LIMITS),
+    ("Models", MODELS),
     ("Clients", CLIENTS),
     ("weir itself", ITSELF),
 ]

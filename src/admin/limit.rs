@@ -24,6 +24,8 @@ pub struct LimitStatus {
     pub mode: &'static str,
     /// The limit in words.
     pub text: String,
+    /// How the configuration has it, as in `600/min`; absent for slots, and for what is learned.
+    pub rate: Option<String>,
     /// What is used of `capacity`; absent where only a rate is known.
     pub used: Option<f64>,
     pub capacity: Option<f64>,
@@ -111,7 +113,7 @@ impl LimitStatus {
         });
         let told = |unit, told: Option<ToldView>| told.map(|told| Self::told(view, unit, told));
         let inferred = pace.inferred_per_second.map(|rate| Self {
-            refill_per_second: Some(rounded(rate)),
+            refill_per_second: Some(rounded_rate(rate)),
             ..Self::new(
                 view,
                 "requests",
@@ -126,7 +128,8 @@ impl LimitStatus {
         Self {
             used: Some(rate.burst.saturating_sub(remaining).into()),
             capacity: Some(rate.burst.into()),
-            refill_per_second: Some(rounded(rate.per_second())),
+            rate: Some(rate.to_string()),
+            refill_per_second: Some(rounded_rate(rate.per_second())),
             full_in_seconds: Some(seconds(full_in)),
             ..Self::new(view, unit, "configured", format!("{rate} {unit}{}", of_whom(&view.scope)))
         }
@@ -136,7 +139,7 @@ impl LimitStatus {
         Self {
             used: Some(rounded(told.capacity - told.remaining)),
             capacity: Some(rounded(told.capacity)),
-            refill_per_second: told.per_second.map(rounded),
+            refill_per_second: told.per_second.map(rounded_rate),
             full_in_seconds: told.window_ends_in.map(seconds),
             ..Self::new(
                 view,
@@ -159,6 +162,7 @@ impl LimitStatus {
                 Mode::Observe => "observe",
             },
             text,
+            rate: None,
             used: None,
             capacity: None,
             refill_per_second: None,
@@ -278,6 +282,11 @@ fn a_minute(per_second: f64, unit: &str) -> String {
 /// Seconds, to the millisecond.
 pub fn seconds(duration: Duration) -> f64 {
     rounded(duration.as_secs_f64())
+}
+
+/// To the millionth: one a day is still more than nothing.
+fn rounded_rate(per_second: f64) -> f64 {
+    (per_second * 1e6).round() / 1e6
 }
 
 /// To the thousandth: more would be noise in JSON.

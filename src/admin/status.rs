@@ -481,7 +481,7 @@ impl QuantileLines {
     }
 }
 
-/// Every model that was asked for, the busiest first, and how many are left out.
+/// Every model that was asked for, those with waiters and then the busiest first, and how many are left out.
 fn models(from: &Sources<'_>, window: &Window, limits: &mut ByScope) -> (Vec<Model>, usize) {
     let views: HashMap<ModelId, &ModelView> = from.survey.models.iter().map(|view| (view.model, view)).collect();
     let totals: HashMap<ModelId, &ModelReading> =
@@ -500,7 +500,8 @@ fn models(from: &Sources<'_>, window: &Window, limits: &mut ByScope) -> (Vec<Mod
     rows.sort_by(|a, b| {
         let busy = |row: &Model| (row.waiting, row.in_flight, row.rates.requests_total);
         let rate = b.rates.requests_per_second.total_cmp(&a.rates.requests_per_second);
-        rate.then_with(|| busy(b).cmp(&busy(a))).then_with(|| a.name.cmp(&b.name))
+        let waits = (b.waiting > 0).cmp(&(a.waiting > 0));
+        waits.then(rate).then_with(|| busy(b).cmp(&busy(a))).then_with(|| a.name.cmp(&b.name))
     });
     let not_listed = rows.len().saturating_sub(MOST_MODELS);
     rows.truncate(MOST_MODELS);
@@ -543,8 +544,8 @@ fn model(
     }
 }
 
-/// Every client that has a name, the busiest first, and how many are left out. One that a reload has removed is among them while
-/// anything of its is under way.
+/// Every client that has a name, those who wait and then the busiest first, and how many are left out. One that a reload has
+/// removed is among them while anything of its is under way.
 fn clients(from: &Sources<'_>, window: &Window, limits: &mut ByScope) -> (Vec<Client>, usize) {
     let totals: HashMap<ClientId, &Counts> = from.reading.clients.iter().map(|(id, counts)| (*id, counts)).collect();
     let now: HashMap<ClientId, (u64, u64)> =
@@ -580,7 +581,8 @@ fn clients(from: &Sources<'_>, window: &Window, limits: &mut ByScope) -> (Vec<Cl
     rows.sort_by(|a, b| {
         let busy = |row: &Client| (row.waiting, row.in_flight, row.rates.requests_total);
         let rate = b.rates.requests_per_second.total_cmp(&a.rates.requests_per_second);
-        rate.then_with(|| busy(b).cmp(&busy(a))).then_with(|| a.name.cmp(&b.name))
+        let waits = (b.waiting > 0).cmp(&(a.waiting > 0));
+        waits.then(rate).then_with(|| busy(b).cmp(&busy(a))).then_with(|| a.name.cmp(&b.name))
     });
     let not_listed = rows.len().saturating_sub(MOST_CLIENTS);
     rows.truncate(MOST_CLIENTS);

@@ -275,6 +275,7 @@ impl Gate {
             model: self.models.name(view.model),
             in_flight: view.in_flight,
             waiting: view.waiting,
+            learned_waiting: view.held,
             concurrency_limit: view.slots,
             cooldown: view.cooldown,
             breaker_open: view.broken_lanes > 0,
@@ -583,5 +584,6 @@ fn gauge_of(limit: &Limit, now: Instant) -> Option<LimitGauge> {
         Scope::Model(name) => ("model", Arc::clone(name)),
         Scope::Client(name) => ("client", Arc::clone(name)),
     };
-    Some(LimitGauge { scope, name, unit, remaining: remaining.into(), capacity: capacity.into(), per_second })
+    let waiting = limit.line.load().requests;
+    Some(LimitGauge { scope, name, unit, remaining: remaining.into(), capacity: capacity.into(), per_second, waiting })
 }

@@ -9,6 +9,8 @@ pub struct ModelGauges {
     pub model: Arc<str>,
     pub in_flight: u64,
     pub waiting: u64,
+    /// Those of them that wait for what was learned of the gateway.
+    pub learned_waiting: u64,
     pub concurrency_limit: Option<u32>,
     /// How long the gateway wants to be left alone by it.
     pub cooldown: Duration,
@@ -34,6 +36,8 @@ pub struct LimitGauge {
     pub capacity: u64,
     /// What comes back in a second; `None` for slots.
     pub per_second: Option<f64>,
+    /// Requests that wait for it, and those that wait behind these.
+    pub waiting: u64,
 }
 
 /// All gauges, read when scraped.

@@ -251,8 +251,13 @@ fn gauge_families(gauges: &Gauges) -> Vec<MetricFamily> {
         ),
         row(
             "weir_waiting",
-            "Requests in the queue now. weir_queue_wait_seconds says how long they take to leave it.",
+            "Requests in the queue now. weir_queue_wait_seconds says how long they take to leave it; weir_limit_waiting and weir_learned_waiting, whose limit they wait for.",
             of_models(|model| Some(model.waiting as f64)),
+        ),
+        row(
+            "weir_learned_waiting",
+            "Requests of the model that wait now for what weir has learned of its gateway: a cool-down, a quota, the breaker, adaptive slots. What they wait for is the gateway's, not a limit of the configuration.",
+            of_models(|model| Some(model.learned_waiting as f64)),
         ),
         row(
             "weir_concurrency_limit",
@@ -293,6 +298,11 @@ fn gauge_families(gauges: &Gauges) -> Vec<MetricFamily> {
             "weir_limit_refill_per_second",
             "What comes back to a limit in a second: the rate of the configuration, this weir's share of it.",
             limits(|limit| limit.per_second),
+        ),
+        row(
+            "weir_limit_waiting",
+            "Requests that wait for a limit of the configuration now, and those behind them in their client's turn: each waits for one limit at a time. 0 where it is in nobody's way.",
+            limits(|limit| Some(limit.waiting as f64)),
         ),
         row("weir_upstream_connections", "Connections to the gateway.", connections),
         row("weir_client_connections", "Connections from clients.", single(gauges.client_connections)),
@@ -464,6 +474,7 @@ mod tests {
                 remaining: 3,
                 capacity: 5,
                 per_second: Some(0.5),
+                waiting: 2,
             }],
             ..Gauges::default()
         };

@@ -379,27 +379,25 @@ impl Proxy {
             if self.shared.gate.has_given_up(applicant) {
                 return given_up(kept);
             }
-            let asleep = Instant::now();
             // Where its lane waits for the gateway, the request waits in its place in the queue.
             if !tried.echo.lane_waits {
-                tokio::time::sleep(delay).await;
+                sleep(delay, ledger).await;
             }
             if !self.waits_for_budget(&call, applicant, ledger).await {
                 return given_up(kept);
             }
             (last, owes_retry) = (Some(kept), Some(tried.result));
-            ledger.spent_elsewhere(asleep.elapsed());
         }
     }
 
     /// Waits until the budget allows a retry; `false` where the request's time is over before that, or nobody is to wait for this
     /// gateway any more.
-    async fn waits_for_budget(&self, call: &Call<'_>, applicant: &Applicant, ledger: &Ledger) -> bool {
+    async fn waits_for_budget(&self, call: &Call<'_>, applicant: &Applicant, ledger: &mut Ledger) -> bool {
         while !call.settings.policy.allows_retry(Instant::now()) {
             if time_left(call, ledger) <= BUDGET_INTERVAL || self.shared.gate.has_given_up(applicant) {
                 return false;
             }
-            tokio::time::sleep(BUDGET_INTERVAL).await;
+            sleep(BUDGET_INTERVAL, ledger).await;
         }
         true
     }
@@ -512,6 +510,13 @@ impl Proxy {
             })
         })
     }
+}
+
+/// Sleeps between attempts; that time is not weir's, whatever comes of it.
+async fn sleep(delay: Duration, ledger: &mut Ledger) {
+    let asleep = Instant::now();
+    tokio::time::sleep(delay).await;
+    ledger.spent_elsewhere(asleep.elapsed());
 }
 
 /// For how long the request is still worth an attempt.

@@ -265,6 +265,35 @@ async fn what_a_gateway_tells_of_its_quota_is_shown_as_learned() {
     assert!(limit["used"].as_f64() > Some(30.0), "{limit:#}");
 }
 
+#[tokio::test(start_paused = true)]
+async fn those_who_wait_stand_before_the_busiest() {
+    let config = "[models.busy]\n[models.held]\nconcurrency = 1\n[clients.a]\nkey = \"sk-own-a\"\n[clients.z]\nkey = \"sk-own-z\"\n";
+    let world = World::new(config, |seen| match String::from_utf8_lossy(&seen.body).contains("held") {
+        true => vec![Step::Stall],
+        false => completion(),
+    });
+    for _ in 0..20 {
+        assert_eq!(world.send(bearer(chat(r#"{"model":"busy"}"#), "sk-own-a")).await.status, 200);
+    }
+    let _held: Vec<_> = (0..2).map(|_| world.spawn(bearer(chat(r#"{"model":"held"}"#), "sk-own-z"))).collect();
+    world.settle().await;
+    let status = Operators::of(&world).status().await;
+    let names =
+        |rows: &Value| rows.as_array().expect("a list").iter().map(|row| row["name"].clone()).collect::<Vec<_>>();
+    assert_eq!(
+        (names(&status["models"]), names(&status["clients"])),
+        (["held", "busy"].map(Value::from).into(), ["z", "a"].map(Value::from).into())
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_limit_of_one_an_hour_is_shown_as_it_was_configured_and_refills() {
+    let world = World::new("[limits]\nrequests = { rate = \"1/h\", burst = 1 }\n", |_| completion());
+    let status = Operators::of(&world).status().await;
+    let limit = limit(&status["limits"], "requests", "configured");
+    assert_eq!((&limit["rate"], &limit["refill_per_second"]), (&"1/h".into(), &0.000278.into()));
+}
+
 // Rates, latencies, errors.
 
 #[tokio::test(start_paused = true)]

@@ -9,7 +9,7 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 
 use crate::gateway::{Seen, Step, answer, chunk, completion, done, error, event, json, stream_head};
-use crate::world::{STREAM, World, chat, collect, request};
+use crate::world::{CHAT, STREAM, World, bearer, chat, collect, request};
 
 const MODEL: &str = "gpt-4.1-mini";
 
@@ -142,6 +142,36 @@ async fn made_up_names_make_no_series_without_end() {
     assert_eq!(world.metric_sum("weir_requests_total", ""), 600.0);
 }
 
+#[tokio::test(start_paused = true)]
+async fn all_who_wait_are_counted_at_the_limit_that_they_wait_for() {
+    let config = "[limits]\nconcurrency = 3\n[models.slow]\nconcurrency = 1\n[models.tried]\nconcurrency = 1\n\
+                  mode = \"observe\"\n[clients.batch]\nkey = \"batch\"\nrequests = { rate = \"1/min\", burst = 1 }\n\
+                  [clients.bot]\nkey = \"bot\"\n";
+    let world = World::new(config, |seen| match String::from_utf8_lossy(&seen.body).contains("cold") {
+        true => error(429, &[("retry-after", "60")]),
+        false => vec![Step::Stall],
+    });
+    let mut sent = Vec::new();
+    for (key, model, count) in [("bot", "cold", 1), ("batch", "fast", 3), ("bot", "slow", 3), ("bot", "tried", 6)] {
+        sent.extend((0..count).map(|_| world.spawn(bearer(chat_to(model), key))));
+        world.settle().await;
+    }
+    let at = |scope, name, unit| {
+        world.metric(&format!(r#"weir_limit_waiting{{scope="{scope}",name="{name}",unit="{unit}"}}"#))
+    };
+    assert_eq!(world.metric_sum("weir_learned_waiting", ""), 1.0, "the gateway's word for cold: other by name");
+    assert_eq!(at("client", "batch", "requests"), 2.0);
+    assert_eq!(at("model", "slow", "concurrency"), 2.0);
+    assert_eq!(at("global", "", "concurrency"), 5.0, "two before them are under way, and one of theirs");
+    assert_eq!(at("model", "tried", "concurrency"), 0.0, "what only observes holds nobody up");
+    assert_eq!(world.metric_sum("weir_limit_waiting", ""), 9.0, "each waits for one limit at a time");
+    assert_eq!(world.metric_sum("weir_waiting", ""), 10.0);
+    sent.iter().for_each(tokio::task::JoinHandle::abort);
+    drop(sent);
+    world.settle().await;
+    assert_eq!((world.metric_sum("weir_limit_waiting", ""), world.metric_sum("weir_learned_waiting", "")), (0.0, 0.0));
+}
+
 // Times.
 
 #[tokio::test(start_paused = true)]
@@ -216,6 +246,49 @@ async fn retries_and_the_sleep_before_them_count_for_the_request_only() {
     assert_eq!(histogram(&world, "upstream_duration"), (2.0, 500));
     assert_eq!(histogram(&world, "queue_wait"), (2.0, 4000));
     assert_eq!(histogram(&world, "time_to_first_token"), (0.0, 0), "of streams only");
+    assert_eq!(world.metric("weir_overhead_seconds_sum"), 0.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn no_wait_is_weirs_overhead_though_it_was_in_vain() {
+    /// The gateway refuses all but this request, for which it takes three seconds.
+    fn all_but(number: usize) -> impl Fn(&Seen) -> Vec<Step> {
+        move |seen| match seen.number == number {
+            true => [vec![wait(3000)], completion()].concat(),
+            false => error(409, &[]),
+        }
+    }
+    let budget = "[retry]\nbudget = 0\n[timeouts]\ndeadline = \"8s\"\n[limits]\n";
+    let ways = [
+        ("the queue", "[queue]\nmax_wait = \"2500ms\"\n[limits]\nconcurrency = 1\n".to_owned(), 1, 1),
+        // Ten retries are free; the others sleep, and are out of time.
+        ("the budget", format!("{budget}concurrency = 100\n"), 20, 30),
+        // They sleep while it is allowed, and when the slot is free others have been quicker.
+        ("the budget, with a permit", format!("{budget}concurrency = 1\n"), 20, 30),
+    ];
+    for (what, config, refused, attempts) in ways {
+        let world = World::new(&config, all_but(refused));
+        let mut clients: Vec<_> = (0..refused).map(|_| world.spawn(chat(CHAT))).collect();
+        world.gateway.saw(refused).await;
+        clients.push(world.spawn(chat(CHAT)));
+        for client in clients {
+            assert!([200, 409].contains(&client.await.expect("answered").status.as_u16()), "{what}");
+        }
+        let overhead = |suffix| world.metric(&format!("weir_overhead_seconds_{suffix}"));
+        assert_eq!(world.attempts("4xx"), f64::from(attempts), "{what}");
+        assert_eq!((overhead("count"), overhead("sum")), (refused as f64 + 1.0, 0.0), "{what}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_clients_body_is_not_weirs_overhead() {
+    let world = World::new("", |_| completion());
+    let mut client = world.raw();
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: weir\r\ncontent-length: ";
+    client.write(format!("{head}{}\r\n\r\n", CHAT.len())).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    client.write(CHAT).await;
+    assert_eq!(client.answer_status().await, 200);
     assert_eq!(world.metric("weir_overhead_seconds_sum"), 0.0);
 }
 

@@ -209,7 +209,7 @@ def learn(world: World) -> None:
 
 
 def hold_up(weir: Weir, stack: ExitStack) -> None:
-    """One streams, one waits for it, and one more has left."""
+    """One streams, one waits for it, and one more has left. Another waits until its model's gateway wants to be asked again."""
     send(weir, stack, stream=True)
     wait_until("it streams", lambda: weir.metric("weir_in_flight", model="held") == 1)
     send(weir, stack)
@@ -218,15 +218,17 @@ def hold_up(weir: Weir, stack: ExitStack) -> None:
     wait_until("one more waits", lambda: weir.metric("weir_waiting", model="held") == 2)
     leaver.close()
     wait_until("it has left", lambda: weir.metric("weir_client_disconnects_total", phase="queue") == 1)
+    send(weir, stack, model="cold")
+    wait_until("it waits for the gateway", lambda: weir.metric("weir_learned_waiting", model="cold") == 1)
 
 
-def send(weir: Weir, stack: ExitStack, stream: bool = False) -> socket.socket:
+def send(weir: Weir, stack: ExitStack, model: str = "held", stream: bool = False) -> socket.socket:
     """A request whose answer nobody reads."""
     host, port = weir.origin.removeprefix("http://").split(":")
     connection = stack.enter_context(socket.create_connection((host, int(port))))
-    body = json.dumps({"model": "held", "stream": stream, "messages": [{"role": "user", "content": "hold"}]})
+    body = json.dumps({"model": model, "stream": stream, "messages": [{"role": "user", "content": "hold"}]})
     connection.sendall(
-        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\nauthorization: Bearer any\r\ncontent-type: application/json\r\n"
         f"content-length: {len(body)}\r\n\r\n{body}".encode()
     )
     return connection

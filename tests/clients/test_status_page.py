@@ -118,17 +118,22 @@ def test_under_load_it_shows_who_waits_for_whose_limit_and_goes_on_by_itself(
     weir = start_weir(start_simulator("--first-token", "200ms", "--per-token", "10ms"), TIGHT)
     browser.open(f"{weir.admin_url}/status")
     browser.wait_for("#live", "live")
+    # The longest that is a name of its own: as an option, nothing can break it.
+    assert post(weir, "a" + 199 * "m", "sk-bot") == 200
     with busy(weir):
         # Nothing is loaded anew: the page asks by itself.
         browser.wait_for("#queue", "support-bot")
         browser.wait_for("#queue", "batch")
         browser.wait_for("#headline", "held up by")
+        assert "(weir’s configuration)" in browser.text("#headline")
         browser.wait_for("#queue tbody", "the limit of 2 requests at a time for client batch")
         browser.wait_for("#queue tbody", "the limit of 1 request at a time for model deepseek-chat")
         assert "weir’s configuration" in browser.text("#queue tbody")
         browser.wait_for("#models", "deepseek-chat")
         browser.wait_for("#models", "found")
+        browser.wait_for("#of-model", "ammm")
         assert "nightly" in browser.text("#clients")
+        assert "requests 60/min" in browser.text("#clients"), "as the configuration has it"
         served = status(weir)["totals"]["requests"]["ok"]
         wait_until("more was served", lambda: status(weir)["totals"]["requests"]["ok"] > served + 5)
         tiles = dict(zip(browser.text("#tiles dt").split("\n"), browser.text("#tiles .value").split("\n")))
