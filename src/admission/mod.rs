@@ -12,6 +12,7 @@ pub mod bucket;
 pub mod bytes;
 pub mod estimate;
 pub mod fair;
+mod ids;
 pub mod limit;
 pub mod line;
 pub mod pace;
