@@ -46,15 +46,16 @@ pub struct AnswerHead {
 }
 
 impl Outgoing {
-    /// A request for `target`, its path and query, with these fields. Those that frame a body are not among them.
-    pub fn new(method: Method, target: &http::Uri, fields: &HeaderMap) -> Self {
+    /// A request for `target`, its path and query, with those of these fields that go on. Those that frame a body do not.
+    pub fn new(method: Method, target: &http::Uri, fields: &HeaderMap, goes_on: impl Fn(&HeaderName) -> bool) -> Self {
         let target = target.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
-        let field_bytes: usize = fields.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+        let fields = || fields.iter().filter(|(name, _)| goes_on(name));
+        let field_bytes: usize = fields().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
         let mut lines = Vec::with_capacity(method.as_str().len() + target.len() + field_bytes + 16);
         for part in [method.as_str(), " ", target, " HTTP/1.1\r\n"] {
             lines.extend_from_slice(part.as_bytes());
         }
-        for (name, value) in fields {
+        for (name, value) in fields() {
             for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
                 lines.extend_from_slice(part);
             }
@@ -278,7 +279,7 @@ mod tests {
         let mut fields = HeaderMap::new();
         fields.insert("host", HeaderValue::from_static("gateway"));
         let head = |method: Method, length| {
-            let outgoing = Outgoing::new(method, &http::Uri::from_static("/v1/models?a=%2F"), &fields);
+            let outgoing = Outgoing::new(method, &http::Uri::from_static("/v1/models?a=%2F"), &fields, |_| true);
             String::from_utf8(outgoing.head(length, 0)).expect("ASCII")
         };
         assert_eq!(head(Method::GET, Some(0)), "GET /v1/models?a=%2F HTTP/1.1\r\nhost: gateway\r\n\r\n");
@@ -295,7 +296,7 @@ mod tests {
     fn a_requests_fields_are_not_in_debug_output() {
         let mut fields = HeaderMap::new();
         fields.insert("authorization", HeaderValue::from_static("Bearer sk-secret"));
-        let outgoing = Outgoing::new(Method::GET, &http::Uri::from_static("/v1/models"), &fields);
+        let outgoing = Outgoing::new(Method::GET, &http::Uri::from_static("/v1/models"), &fields, |_| true);
         assert!(!format!("{outgoing:?}").contains("sk-secret"));
     }
 }
