@@ -3,6 +3,8 @@
 //! A picture of a megabyte costs a model no more than a page of text, so its base64 must not count as text. And text must
 //! not pass for a picture: what is left out has to look like base64 from its beginning.
 
+use std::sync::LazyLock;
+
 use memchr::{memchr, memchr2, memmem};
 
 /// A payload begins with so many bytes of base64's alphabet; a shorter one is not worth leaving out.
@@ -13,6 +15,9 @@ const LEAST_DATA: usize = 1 << 10;
 
 /// So long may the beginning of a data URL be, up to its comma.
 const LONGEST_MEDIA_TYPE: usize = 128;
+
+/// What something embedded begins with. Made once: a searcher costs more to make than to use on a short body.
+static MARK: LazyLock<memmem::Finder<'static>> = LazyLock::new(|| memmem::Finder::new(b"\"data"));
 
 /// The size of a call's body.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -33,11 +38,10 @@ impl Prompt {
     /// 1 KiB or more. Takes time in proportion to the body, whatever it holds.
     pub fn of(body: &[u8]) -> Self {
         let mut prompt = Self::text(body);
-        let mark = memmem::Finder::new(b"\"data");
         let mut at = 0;
-        while let Some(found) = mark.find(&body[at..]) {
+        while let Some(found) = MARK.find(&body[at..]) {
             let quote = at + found;
-            at = quote + mark.needle().len();
+            at = quote + MARK.needle().len();
             // Behind a backslash the quote is a letter of some text.
             let begins_string = quote == 0 || body[quote - 1] != b'\\';
             if let Some(payload) = payload(&body[at..]).filter(|_| begins_string) {
