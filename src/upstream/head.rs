@@ -16,6 +16,9 @@ const MAX_HEAD: usize = 64 << 10;
 /// Nor have more fields.
 const MAX_FIELDS: usize = 100;
 
+/// Room for the fields that are added to an answer's: with less, its map would be made a second time.
+const OWN_FIELDS: usize = 10;
+
 /// No body is that long; hyper has a meaning of its own for what is longer.
 const MAX_LENGTH: u64 = u64::MAX - 2;
 
@@ -122,7 +125,7 @@ pub fn take_head(read: Bytes, asked: &Method) -> Result<Taken, WireError> {
     let (mut parts, ()) = Response::new(()).into_parts();
     parts.status = parsed.code.and_then(|code| StatusCode::from_u16(code).ok()).ok_or(MALFORMED)?;
     parts.version = if parsed.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
-    parts.headers.reserve(parsed.headers.len());
+    parts.headers.reserve(parsed.headers.len() + OWN_FIELDS);
     for line in &*parsed.headers {
         let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| MALFORMED)?;
         let value = HeaderValue::from_maybe_shared(read.slice_ref(line.value)).map_err(|_| MALFORMED)?;
