@@ -16,16 +16,18 @@ pub struct Malformed;
 
 /// The members of an object, in their order. [`Members::next_key`] and [`Members::value`] are called in turn.
 #[derive(Debug)]
-pub struct Members<'b> {
+pub struct Members<'b, F> {
     json: &'b [u8],
     at: usize,
     begun: bool,
+    string_begins: F,
 }
 
-impl<'b> Members<'b> {
-    /// The members of the object that `json` is.
-    pub fn of(json: &'b [u8]) -> Self {
-        Self { json, at: 0, begun: false }
+impl<'b, F: FnMut(&'b [u8])> Members<'b, F> {
+    /// The members of the object that `json` is. `string_begins` is told, wherever a string begins, keys among them, what
+    /// stands behind its first quote.
+    pub fn of(json: &'b [u8], string_begins: F) -> Self {
+        Self { json, at: 0, begun: false, string_begins }
     }
 
     /// The next key, its escapes undone: borrowed where it has none. `None` when the object has ended, with nothing but white
@@ -129,6 +131,7 @@ impl<'b> Members<'b> {
     /// Skips the string that begins here; returns what is between its quotes.
     fn string(&mut self) -> Result<&'b [u8], Malformed> {
         let start = self.at + 1;
+        (self.string_begins)(&self.json[start..]);
         let mut at = start;
         loop {
             at += plain_len(self.json.get(at..).ok_or(Malformed)?).ok_or(Malformed)?;
@@ -240,7 +243,7 @@ mod tests {
 
     /// Every member, or `Malformed`.
     fn members(json: &str) -> Result<Vec<(String, String)>, Malformed> {
-        let (mut members, mut read) = (Members::of(json.as_bytes()), Vec::new());
+        let (mut members, mut read) = (Members::of(json.as_bytes(), |_| ()), Vec::new());
         while let Some(key) = members.next_key()? {
             let value = std::str::from_utf8(members.value()?).expect("text");
             read.push((key.into_owned(), value.to_owned()));
