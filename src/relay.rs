@@ -82,18 +82,19 @@ impl fmt::Display for BrokenOff {
 impl std::error::Error for BrokenOff {}
 
 impl Relay {
-    /// Takes over an answer. `hides_usage` says that weir has asked for a stream's usage and the client has not.
+    /// Takes over an answer that begins now. `hides_usage` says that weir has asked for a stream's usage and the client has not.
     pub fn new(
         head: &response::Parts,
         source: Source,
         ledger: Ledger,
         endpoint: Option<Endpoint>,
         hides_usage: bool,
+        now: Instant,
     ) -> Self {
         let metered = endpoint.is_some() && head.status.is_success();
         let meter = Meter { format: if metered { Format::of(head) } else { Format::Opaque }, bytes: 0 };
         let hiding = hides_usage.then(Hiding::default);
-        let (status, quiet_since) = (head.status, Instant::now());
+        let (status, quiet_since) = (head.status, now);
         let mut relay =
             Self { source, ledger, status, endpoint, meter, hiding, trailers: None, quiet_since, alarm: None };
         relay.end_if_whole();

@@ -51,8 +51,8 @@ struct Limit {
 impl Proxy {
     /// One attempt, until it is clear whether it brought an answer.
     pub(super) async fn attempt(&self, call: &mut Call<'_>, mut permit: Permit, ledger: &mut Ledger) -> Tried {
-        ledger.attempt_begins();
-        let limit = self.attempt_limit(call, ledger.arrived());
+        let began = ledger.attempt_begins();
+        let limit = self.attempt_limit(call, ledger.arrived(), began);
         let exchanging = self.exchange(call, &mut permit, ledger);
         let exchange = match tokio::time::timeout_at(limit.at, exchanging).await {
             Ok(Ok(exchange)) => exchange,
@@ -103,9 +103,8 @@ impl Proxy {
     }
 
     /// How long an attempt may take to bring the beginning of an answer.
-    fn attempt_limit(&self, call: &Call<'_>, arrived: Instant) -> Limit {
+    fn attempt_limit(&self, call: &Call<'_>, arrived: Instant, now: Instant) -> Limit {
         let timeouts = &call.settings.config.timeouts;
-        let now = Instant::now();
         let own = match call.stream {
             true => Limit { at: now + timeouts.first_event, cause: Cause::FirstEventTimeout, name: "first_event" },
             false => Limit { at: now + timeouts.response, cause: Cause::ResponseTimeout, name: "response" },

@@ -447,7 +447,7 @@ impl Proxy {
             // A chunk will be missing from it.
             head.headers.remove(header::CONTENT_LENGTH);
         }
-        let relay = Relay::new(&head, source, ledger, endpoint, hides_usage);
+        let relay = Relay::new(&head, source, ledger, endpoint, hides_usage, now);
         Response::from_parts(head, ResponseBody::Relay(Box::new(relay)))
     }
 
