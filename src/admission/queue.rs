@@ -330,12 +330,12 @@ impl<W> Queue<W> {
         };
         self.reserved_tokens = self.reserved_tokens.saturating_sub(charged);
         let correction = self.next_charge();
+        let held = now.saturating_duration_since(grant.at);
         for id in self.flows[grant.flow.0].way() {
             let limit = &mut self.limits[id.0];
             if !limit.has_counted(grant.charge, grant.counted) {
                 continue;
             }
-            let held = now.saturating_duration_since(grant.at);
             match &mut limit.measure {
                 Measure::Concurrency(slots) => slots.give_back(held),
                 Measure::Pace(pace) => {
