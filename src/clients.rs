@@ -21,7 +21,7 @@ use crate::config::{Client, Config, LimitTable, NOBODY, Secret, Weight};
 use crate::error::{Cause, Failure};
 
 /// Where clients put their keys: OpenAI's, Anthropic's and Azure's way. The first that is there decides.
-pub const KEY_FIELDS: [HeaderName; 3] =
+pub static KEY_FIELDS: [HeaderName; 3] =
     [header::AUTHORIZATION, HeaderName::from_static("x-api-key"), HeaderName::from_static("api-key")];
 
 /// How many keys that the gateway has served are remembered, at most.

@@ -191,11 +191,13 @@ impl Ledger {
         self.upstream + self.attempt_elapsed(now)
     }
 
-    /// An attempt is being sent.
-    pub fn attempt_begins(&mut self) {
+    /// An attempt is being sent, from the time on that is returned.
+    pub fn attempt_begins(&mut self) -> Instant {
+        let began = Instant::now();
         self.attempts += 1;
         self.phase = Phase::Upstream;
-        self.attempt = Some(Attempt { began: Instant::now(), first_output: None });
+        self.attempt = Some(Attempt { began, first_output: None });
+        began
     }
 
     /// The attempt under way, if there is one, has ended.

@@ -82,18 +82,19 @@ impl fmt::Display for BrokenOff {
 impl std::error::Error for BrokenOff {}
 
 impl Relay {
-    /// Takes over an answer. `hides_usage` says that weir has asked for a stream's usage and the client has not.
+    /// Takes over an answer that begins now. `hides_usage` says that weir has asked for a stream's usage and the client has not.
     pub fn new(
         head: &response::Parts,
         source: Source,
         ledger: Ledger,
         endpoint: Option<Endpoint>,
         hides_usage: bool,
+        now: Instant,
     ) -> Self {
         let metered = endpoint.is_some() && head.status.is_success();
         let meter = Meter { format: if metered { Format::of(head) } else { Format::Opaque }, bytes: 0 };
         let hiding = hides_usage.then(Hiding::default);
-        let (status, quiet_since) = (head.status, Instant::now());
+        let (status, quiet_since) = (head.status, now);
         let mut relay =
             Self { source, ledger, status, endpoint, meter, hiding, trailers: None, quiet_since, alarm: None };
         relay.end_if_whole();
@@ -462,11 +463,49 @@ impl Meter {
     }
 }
 
+const EVENT_STREAM: &[u8] = b"text/event-stream";
+
 /// Whether the answer is a stream of server-sent events that weir can read: an encoded one it can't.
 pub fn is_event_stream(head: &response::Parts) -> bool {
     if head.headers.contains_key(header::CONTENT_ENCODING) {
         return false;
     }
-    let kind = head.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
+    let Some(kind) = head.headers.get(header::CONTENT_TYPE) else { return false };
+    let (name, rest) = kind.as_bytes().trim_ascii_start().split_at_checked(EVENT_STREAM.len()).unwrap_or_default();
+    let is_whole = || matches!(rest.trim_ascii_start().first(), None | Some(b';'));
+    name.eq_ignore_ascii_case(EVENT_STREAM) && is_whole() && kind.to_str().is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_stream_is_known_by_its_type_alone_and_only_where_it_can_be_read() {
+        let is_stream = |fields: &[(&str, &[u8])]| {
+            let response = fields.iter().fold(http::Response::builder(), |it, (name, value)| it.header(*name, *value));
+            is_event_stream(&response.body(()).expect("ok").into_parts().0)
+        };
+        for kind in
+            ["text/event-stream", " Text/Event-Stream\t; charset=utf-8", "text/event-stream;", "TEXT/EVENT-STREAM \t"]
+        {
+            assert!(is_stream(&[("content-type", kind.as_bytes())]), "{kind:?}");
+            assert!(!is_stream(&[("content-type", kind.as_bytes()), ("content-encoding", b"gzip")]), "{kind:?}");
+        }
+        let others: [&[u8]; 9] = [
+            b"",
+            b"application/json",
+            b"text/event-strea",
+            b"text/event-streams",
+            b"text/event-stream x",
+            b"text/event-stream, text/plain",
+            b"x; text/event-stream",
+            b"text/event-stream; charset=\xe9",
+            b"\xe9",
+        ];
+        for kind in others {
+            assert!(!is_stream(&[("content-type", kind)]), "{}", kind.escape_ascii());
+        }
+        assert!(!is_stream(&[]));
+    }
 }

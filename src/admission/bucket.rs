@@ -203,13 +203,18 @@ impl Bucket {
 
     /// How many cells could be taken now.
     pub fn remaining(&self, now: Instant) -> u32 {
-        let behind = self.tat.get().saturating_sub(self.nanos(now)).div_ceil(self.interval);
-        self.rate.burst.saturating_sub(u32::try_from(behind).unwrap_or(u32::MAX))
+        self.remaining_of(self.short_of_full(now))
     }
 
     /// How long until it is full, if nobody takes anything.
     pub fn time_to_full(&self, now: Instant) -> Duration {
-        Duration::from_nanos(self.tat.get().saturating_sub(self.nanos(now)))
+        Duration::from_nanos(self.short_of_full(now))
+    }
+
+    /// Both [`Bucket::remaining`] and [`Bucket::time_to_full`].
+    pub fn standing(&self, now: Instant) -> (u32, Duration) {
+        let short_of_full = self.short_of_full(now);
+        (self.remaining_of(short_of_full), Duration::from_nanos(short_of_full))
     }
 
     /// The time in which `n` cells come back.
@@ -221,6 +226,16 @@ impl Bucket {
     pub fn refilled_in(&self, time: Duration) -> u64 {
         let cells = time.as_nanos() / u128::from(self.interval);
         u64::try_from(cells).unwrap_or(u64::MAX).min(u64::from(self.rate.burst))
+    }
+
+    /// What it is short of full, in nanoseconds of refill.
+    fn short_of_full(&self, now: Instant) -> u64 {
+        self.tat.get().saturating_sub(self.nanos(now))
+    }
+
+    fn remaining_of(&self, short_of_full: u64) -> u32 {
+        let lacking = short_of_full.div_ceil(self.interval);
+        self.rate.burst.saturating_sub(u32::try_from(lacking).unwrap_or(u32::MAX))
     }
 
     /// How many of `n` cells have to be there when they are taken.

@@ -6,6 +6,7 @@
 //! threshold that has sunk: what the first gives back it cannot take again, until both hold as much.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -111,10 +112,12 @@ impl Drop for HeldBytes {
         self.of_tenant.fetch_sub(self.bytes, Ordering::Relaxed);
         self.budget.held.fetch_sub(self.bytes, Ordering::Relaxed);
         let mut tenants = self.budget.tenants();
-        let holder = tenants.get_mut(&self.tenant).expect("a tenant is listed as long as a request of its is");
-        holder.requests -= 1;
-        if holder.requests == 0 {
-            tenants.remove(&self.tenant);
+        let Entry::Occupied(mut holder) = tenants.entry(self.tenant) else {
+            unreachable!("a tenant is listed as long as a request of its is")
+        };
+        holder.get_mut().requests -= 1;
+        if holder.get().requests == 0 {
+            holder.remove();
         }
     }
 }

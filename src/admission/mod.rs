@@ -12,6 +12,7 @@ pub mod bucket;
 pub mod bytes;
 pub mod estimate;
 pub mod fair;
+mod ids;
 pub mod limit;
 pub mod line;
 pub mod pace;
@@ -241,11 +242,8 @@ impl Gate {
                 Measure::Tokens(bucket) => (&mut standing.tokens, bucket),
                 Measure::Concurrency(_) | Measure::Pace(_) => continue,
             };
-            let quota = Quota {
-                limit: bucket.rate().count,
-                remaining: u64::from(bucket.remaining(now)),
-                reset: bucket.time_to_full(now),
-            };
+            let (remaining, reset) = bucket.standing(now);
+            let quota = Quota { limit: bucket.rate().count, remaining: remaining.into(), reset };
             if tightest.is_none_or(|other| (quota.remaining, quota.limit) < (other.remaining, other.limit)) {
                 *tightest = Some(quota);
             }

@@ -17,7 +17,7 @@ mod predict;
 mod reload;
 mod survey;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +25,7 @@ use tokio::time::Instant;
 
 use super::estimate::Cost;
 use super::fair::{TenantId, Tenants, Virtual};
+use super::ids::IdMap;
 use super::limit::{FlowId, Limit, LimitId, Measure, Need, Rank, Scope};
 use super::line::{Head, Line, Load};
 use super::pace::{Heard, LaneRules, Pace, Pass, Signal};
@@ -147,17 +148,17 @@ pub struct Queue<W> {
     /// Places in `limits` that a forgotten lane has left.
     free_limits: Vec<LimitId>,
     global: Vec<LimitId>,
-    of_model: HashMap<ModelId, Vec<LimitId>>,
-    of_client: HashMap<ClientId, Vec<LimitId>>,
+    of_model: IdMap<ModelId, Vec<LimitId>>,
+    of_client: IdMap<ClientId, Vec<LimitId>>,
     tenants: Tenants,
     lanes: Vec<LaneState>,
     free_lanes: Vec<LaneId>,
-    of_lane: HashMap<Lane, LaneId>,
+    of_lane: IdMap<Lane, LaneId>,
     /// By [`Lane::credential`].
-    credentials: HashMap<u64, Shared>,
+    credentials: IdMap<u64, Shared>,
     flows: Vec<Flow<W>>,
     free_flows: Vec<FlowId>,
-    of_flow: HashMap<(TenantId, LaneId), FlowId>,
+    of_flow: IdMap<(TenantId, LaneId), FlowId>,
     /// When there are so many flows, idle ones are forgotten.
     flows_before_sweep: usize,
     ready: BTreeSet<(Rank, FlowId)>,
@@ -199,16 +200,16 @@ impl<W> Queue<W> {
             limits: Vec::new(),
             free_limits: Vec::new(),
             global: Vec::new(),
-            of_model: HashMap::new(),
-            of_client: HashMap::new(),
+            of_model: IdMap::default(),
+            of_client: IdMap::default(),
             tenants: Tenants::default(),
             lanes: Vec::new(),
             free_lanes: Vec::new(),
-            of_lane: HashMap::new(),
-            credentials: HashMap::new(),
+            of_lane: IdMap::default(),
+            credentials: IdMap::default(),
             flows: Vec::new(),
             free_flows: Vec::new(),
-            of_flow: HashMap::new(),
+            of_flow: IdMap::default(),
             flows_before_sweep: flows::MAX_IDLE,
             ready: BTreeSet::new(),
             opened: Vec::new(),
@@ -329,12 +330,12 @@ impl<W> Queue<W> {
         };
         self.reserved_tokens = self.reserved_tokens.saturating_sub(charged);
         let correction = self.next_charge();
+        let held = now.saturating_duration_since(grant.at);
         for id in self.flows[grant.flow.0].way() {
             let limit = &mut self.limits[id.0];
             if !limit.has_counted(grant.charge, grant.counted) {
                 continue;
             }
-            let held = now.saturating_duration_since(grant.at);
             match &mut limit.measure {
                 Measure::Concurrency(slots) => slots.give_back(held),
                 Measure::Pace(pace) => {

@@ -89,7 +89,7 @@ pub fn peek(body: &[u8]) -> Result<Peek, DuplicateKey> {
     }
     let is_stream = scan.peek.stream;
     let usage = if is_stream { stream_options::asks_usage(body, scan.stream_options) } else { AsksUsage::No };
-    Ok(Peek { prompt: Prompt::of(body), usage, ..scan.peek })
+    Ok(Peek { usage, ..scan.peek })
 }
 
 #[derive(Default)]
@@ -102,7 +102,8 @@ struct Scan<'b> {
 
 impl<'b> Scan<'b> {
     fn read(&mut self, body: &'b [u8]) -> Result<(), Malformed> {
-        let mut members = Members::of(body);
+        let mut prompt = Prompt::text(body);
+        let mut members = Members::of(body, |behind_quote| prompt.sees_string(behind_quote));
         while let Some(key) = members.next_key()? {
             // Escapes are undone, since `"mod\u0065l"` is `model` to the gateway too.
             let Some(known) = KEYS.iter().position(|known| *known == key) else {
@@ -127,6 +128,7 @@ impl<'b> Scan<'b> {
                 _ => {}
             }
         }
+        self.peek.prompt = prompt;
         Ok(())
     }
 }

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use bytes::{BufMut as _, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 
 pub static RETRY_AFTER_MS: HeaderName = HeaderName::from_static("retry-after-ms");
@@ -91,24 +92,35 @@ pub fn client_patience(headers: &HeaderMap) -> Option<Duration> {
 /// Tells how weir's quotas stand, in place of what the gateway said of its own. Of a unit that is `None` the gateway's
 /// word stays.
 pub fn tell_quota(fields: &mut HeaderMap, requests: Option<Quota>, tokens: Option<Quota>) {
+    if requests.is_none() && tokens.is_none() {
+        return;
+    }
+    // All values are parts of one piece of memory.
+    let mut text = BytesMut::with_capacity(QUOTA_BYTES);
     for ([limit, remaining, reset], quota) in [(&REQUESTS, requests), (&TOKENS, tokens)] {
         let Some(quota) = quota else { continue };
-        fields.insert(limit, number(quota.limit));
-        fields.insert(remaining, number(quota.remaining));
-        fields.insert(reset, visible(to_go_duration(quota.reset)));
+        for (name, count) in [(limit, quota.limit), (remaining, quota.remaining)] {
+            put_number(&mut text, count);
+            fields.insert(name, visible(text.split()));
+        }
+        put_go_duration(&mut text, quota.reset);
+        fields.insert(reset, visible(text.split()));
     }
 }
 
+/// The values of two quotas are hardly ever longer.
+const QUOTA_BYTES: usize = 96;
+
 /// Tells where the time went; milliseconds, to the tenth.
 pub fn tell_timing(fields: &mut HeaderMap, queued: Duration, upstream: Duration) {
-    let mut text = String::with_capacity(48);
+    let mut text = BytesMut::with_capacity(48);
     for (stage, duration) in [("queue;dur=", queued), (", upstream;dur=", upstream)] {
-        let tenths = duration.as_nanos().saturating_add(50_000) / 100_000;
-        let tenths = u64::try_from(tenths).unwrap_or(u64::MAX);
-        let mut digits = itoa::Buffer::new();
-        for part in [stage, digits.format(tenths / 10), ".", itoa::Buffer::new().format(tenths % 10)] {
-            text.push_str(part);
-        }
+        let tenths = u64::from(duration.subsec_nanos() + 50_000) / 100_000;
+        let tenths = duration.as_secs().saturating_mul(10_000).saturating_add(tenths);
+        text.put_slice(stage.as_bytes());
+        put_number(&mut text, tenths / 10);
+        text.put_u8(b'.');
+        put_number(&mut text, tenths % 10);
     }
     fields.append(&SERVER_TIMING, visible(text));
 }
@@ -118,8 +130,12 @@ pub fn number(number: u64) -> HeaderValue {
     HeaderValue::from_str(itoa::Buffer::new().format(number)).expect("digits")
 }
 
-fn visible(text: String) -> HeaderValue {
-    HeaderValue::try_from(text).expect("digits, letters and points are a header's value")
+fn put_number(text: &mut BytesMut, number: u64) {
+    text.put_slice(itoa::Buffer::new().format(number).as_bytes());
+}
+
+fn visible(text: BytesMut) -> HeaderValue {
+    HeaderValue::from_maybe_shared(text.freeze()).expect("digits, letters and points are a header's value")
 }
 
 fn millis(headers: &HeaderMap) -> Option<Duration> {
@@ -164,27 +180,32 @@ pub fn go_duration(text: &str) -> Option<Duration> {
 }
 
 /// Writes a duration as Go does, in whole milliseconds: it is rounded up, so that who waits so long has waited enough.
-fn to_go_duration(duration: Duration) -> String {
-    let millis = duration.as_nanos().div_ceil(1_000_000);
-    if millis == 0 {
-        return "0s".to_owned();
-    }
-    if let Some(millis) = u16::try_from(millis).ok().filter(|millis| (1..1000).contains(millis)) {
-        return [itoa::Buffer::new().format(millis), "ms"].concat();
+fn put_go_duration(text: &mut BytesMut, duration: Duration) {
+    let of_a_second = u64::from(duration.subsec_nanos().div_ceil(1_000_000));
+    let millis = duration.as_secs().saturating_mul(1000).saturating_add(of_a_second);
+    if (1..1000).contains(&millis) {
+        put_number(text, millis);
+        return text.put_slice(b"ms");
     }
     let (hours, minutes, seconds) = (millis / 3_600_000, millis / 60_000 % 60, millis / 1000 % 60);
-    let mut text = match (hours, minutes) {
-        (0, 0) => format!("{seconds}"),
-        (0, _) => format!("{minutes}m{seconds}"),
-        _ => format!("{hours}h{minutes}m{seconds}"),
-    };
-    let fraction = millis % 1000;
-    if fraction > 0 {
-        let fraction = format!(".{fraction:03}");
-        text.push_str(fraction.trim_end_matches('0'));
+    if hours > 0 {
+        put_number(text, hours);
+        text.put_u8(b'h');
     }
-    text.push('s');
-    text
+    if hours > 0 || minutes > 0 {
+        put_number(text, minutes);
+        text.put_u8(b'm');
+    }
+    put_number(text, seconds);
+    let mut fraction = millis % 1000;
+    if fraction > 0 {
+        text.put_u8(b'.');
+    }
+    while fraction > 0 {
+        put_number(text, fraction / 100);
+        fraction = fraction % 100 * 10;
+    }
+    text.put_u8(b's');
 }
 
 /// A non-negative number of seconds, whole or not.
@@ -276,6 +297,12 @@ mod tests {
         for text in ["", "5", "s", "1x", "1s2", "..s"] {
             assert_eq!(go_duration(text), None, "{text}");
         }
+    }
+
+    fn to_go_duration(duration: Duration) -> String {
+        let mut text = BytesMut::new();
+        put_go_duration(&mut text, duration);
+        String::from_utf8(text.into()).expect("ASCII")
     }
 
     #[test]

@@ -6,22 +6,28 @@
 
 use std::borrow::Cow;
 
+use memchr::memchr2;
+
+use super::word::{self, Word};
+
 /// It is not JSON, or not an object.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Malformed;
 
 /// The members of an object, in their order. [`Members::next_key`] and [`Members::value`] are called in turn.
 #[derive(Debug)]
-pub struct Members<'b> {
+pub struct Members<'b, F> {
     json: &'b [u8],
     at: usize,
     begun: bool,
+    string_begins: F,
 }
 
-impl<'b> Members<'b> {
-    /// The members of the object that `json` is.
-    pub fn of(json: &'b [u8]) -> Self {
-        Self { json, at: 0, begun: false }
+impl<'b, F: FnMut(&'b [u8])> Members<'b, F> {
+    /// The members of the object that `json` is. `string_begins` is told, wherever a string begins, keys among them, what
+    /// stands behind its first quote.
+    pub fn of(json: &'b [u8], string_begins: F) -> Self {
+        Self { json, at: 0, begun: false, string_begins }
     }
 
     /// The next key, its escapes undone: borrowed where it has none. `None` when the object has ended, with nothing but white
@@ -125,6 +131,7 @@ impl<'b> Members<'b> {
     /// Skips the string that begins here; returns what is between its quotes.
     fn string(&mut self) -> Result<&'b [u8], Malformed> {
         let start = self.at + 1;
+        (self.string_begins)(&self.json[start..]);
         let mut at = start;
         loop {
             at += plain_len(self.json.get(at..).ok_or(Malformed)?).ok_or(Malformed)?;
@@ -205,19 +212,16 @@ impl<'b> Members<'b> {
     }
 }
 
-/// How much of a string stands before the next byte that means something in it; `None` where none comes.
+/// How much of a string stands before the next byte that means something in it; `None` where none comes, or only behind a
+/// control character.
 fn plain_len(text: &[u8]) -> Option<usize> {
-    // Of this the compiler makes one look at many bytes.
-    let is_plain = |piece: &&[u8]| piece.iter().fold(true, |plain, byte| plain & is_plain_byte(*byte));
-    let plain = PIECE * text.chunks_exact(PIECE).take_while(is_plain).count();
-    text[plain..].iter().position(|byte| !is_plain_byte(*byte)).map(|at| plain + at)
-}
-
-/// What is looked at at once.
-const PIECE: usize = 64;
-
-fn is_plain_byte(byte: u8) -> bool {
-    (byte != b'"') & (byte != b'\\') & (byte >= b' ')
+    let means_something = |word: Word| word.is(b'"').or(word.is(b'\\')).or(word.is_below(b' '));
+    word::find(text, means_something, |far| {
+        let at = memchr2(b'"', b'\\', far)?;
+        // Of this the compiler makes one look at many bytes.
+        let least = far[..at].iter().fold(u8::MAX, |least, byte| least.min(*byte));
+        (least >= b' ').then_some(at)
+    })
 }
 
 /// The length of an escape, its backslash included, of which `rest` is what follows that.
@@ -231,13 +235,15 @@ fn escape_len(rest: &[u8]) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
+    use rand::rngs::SmallRng;
+    use rand::{RngExt as _, SeedableRng as _};
     use serde::de::IgnoredAny;
 
     use super::*;
 
     /// Every member, or `Malformed`.
     fn members(json: &str) -> Result<Vec<(String, String)>, Malformed> {
-        let (mut members, mut read) = (Members::of(json.as_bytes()), Vec::new());
+        let (mut members, mut read) = (Members::of(json.as_bytes(), |_| ()), Vec::new());
         while let Some(key) = members.next_key()? {
             let value = std::str::from_utf8(members.value()?).expect("text");
             read.push((key.into_owned(), value.to_owned()));
@@ -335,6 +341,30 @@ mod tests {
             for behind in [0, 1, 300] {
                 let text = format!("{{\"a\":\"{}\u{2}{}\"}}", "x".repeat(length), "y".repeat(behind));
                 assert_eq!(members(&text), Err(Malformed), "{length} before, {behind} behind");
+            }
+        }
+    }
+
+    #[test]
+    fn the_next_byte_that_means_something_is_found_wherever_it_stands() {
+        let slow = |text: &[u8]| {
+            let at = text.iter().position(|byte| matches!(byte, b'"' | b'\\' | ..b' '))?;
+            (text[at] >= b' ').then_some(at)
+        };
+        let strange = [0, 1, 0x1f, 0x20, 0x21, b'"', 0x23, 0x5b, b'\\', 0x5d, 0x7f, 0x80, 0xa2, 0xdc, 0xff];
+        let mut rng = SmallRng::seed_from_u64(1);
+        for length in (0..200).chain([1000]) {
+            for strange_part in [0.0, 0.01, 0.1, 0.5, 1.0] {
+                let byte = |rng: &mut SmallRng| match rng.random_bool(strange_part) {
+                    true => strange[rng.random_range(0..strange.len())],
+                    false => rng.random_range(b'a'..=b'z'),
+                };
+                let text: Vec<u8> = (0..length).map(|_| byte(&mut rng)).collect();
+                for start in 0..length.min(8) {
+                    let text = &text[start..];
+                    let found = plain_len(text).filter(|at| text[*at] >= b' ');
+                    assert_eq!(found, slow(text), "{}", text.escape_ascii());
+                }
             }
         }
     }

@@ -14,3 +14,4 @@ pub mod sse;
 pub mod stream_options;
 pub mod usage;
 pub mod usage_chunk;
+mod word;

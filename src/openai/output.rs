@@ -2,6 +2,8 @@
 
 use memchr::{memchr, memchr2};
 
+use super::word;
+
 /// How many bytes of output text an event's JSON carries, escapes undone: the strings named `content`, `text`, `delta`,
 /// `arguments`, `partial_json`, `thinking`, `reasoning_content` or `reasoning`, at any depth.
 ///
@@ -61,19 +63,12 @@ fn next_string(json: &[u8]) -> Option<(&[u8], &[u8])> {
     }
 }
 
-/// Names and the gaps between strings are short: a search that is made for long ones costs more than a look at each byte.
-const NEAR: usize = 16;
-
 fn quote(bytes: &[u8]) -> Option<usize> {
-    let near = bytes.len().min(NEAR);
-    let found = bytes[..near].iter().position(|byte| *byte == b'"');
-    found.or_else(|| memchr(b'"', &bytes[near..]).map(|at| near + at))
+    word::find(bytes, |word| word.is(b'"'), |far| memchr(b'"', far))
 }
 
 fn quote_or_backslash(bytes: &[u8]) -> Option<usize> {
-    let near = bytes.len().min(NEAR);
-    let found = bytes[..near].iter().position(|byte| matches!(byte, b'"' | b'\\'));
-    found.or_else(|| memchr2(b'"', b'\\', &bytes[near..]).map(|at| near + at))
+    word::find(bytes, |word| word.is(b'"').or(word.is(b'\\')), |far| memchr2(b'"', b'\\', far))
 }
 
 /// The length of a string's UTF-8 once its escapes are undone.

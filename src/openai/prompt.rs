@@ -3,7 +3,7 @@
 //! A picture of a megabyte costs a model no more than a page of text, so its base64 must not count as text. And text must
 //! not pass for a picture: what is left out has to look like base64 from its beginning.
 
-use memchr::{memchr, memchr2, memmem};
+use memchr::{memchr, memchr2};
 
 /// A payload begins with so many bytes of base64's alphabet; a shorter one is not worth leaving out.
 const LOOKED_AT: usize = 64;
@@ -29,34 +29,19 @@ impl Prompt {
         Self { bytes: body.len() as u64, embedded: 0 }
     }
 
-    /// Looks through a body of JSON for data URLs, and for `"data"` keys (Anthropic's images, OpenAI's `input_audio`) with
-    /// 1 KiB or more. Takes time in proportion to the body, whatever it holds.
-    pub fn of(body: &[u8]) -> Self {
-        let mut prompt = Self::text(body);
-        let mark = memmem::Finder::new(b"\"data");
-        let mut at = 0;
-        while let Some(found) = mark.find(&body[at..]) {
-            let quote = at + found;
-            at = quote + mark.needle().len();
-            // Behind a backslash the quote is a letter of some text.
-            let begins_string = quote == 0 || body[quote - 1] != b'\\';
-            if let Some(payload) = payload(&body[at..]).filter(|_| begins_string) {
-                prompt.bytes -= payload.len as u64;
-                prompt.embedded = prompt.embedded.saturating_add(1);
-                at += payload.start + payload.len;
-            }
+    /// Looks at a string of the body's JSON, a key or a value: whether it is a data URL, or the key `"data"` (Anthropic's
+    /// images, OpenAI's `input_audio`) of 1 KiB or more. What stands in the body behind the string's first quote is given; all
+    /// strings together take time in proportion to the body, whatever it holds.
+    pub fn sees_string(&mut self, behind_quote: &[u8]) {
+        if let Some(payload_len) = behind_quote.strip_prefix(b"data").and_then(payload_len) {
+            self.bytes -= payload_len as u64;
+            self.embedded = self.embedded.saturating_add(1);
         }
-        prompt
     }
 }
 
-/// Something embedded, counted from behind `"data`.
-struct Payload {
-    start: usize,
-    len: usize,
-}
-
-fn payload(behind_mark: &[u8]) -> Option<Payload> {
+/// How long what is embedded is, if anything is, behind `"data`.
+fn payload_len(behind_mark: &[u8]) -> Option<usize> {
     let (text, least) = match behind_mark.first()? {
         b':' => (behind_media_type(&behind_mark[1..])?, LOOKED_AT),
         b'"' => (string_value(&behind_mark[1..])?, LEAST_DATA),
@@ -65,8 +50,7 @@ fn payload(behind_mark: &[u8]) -> Option<Payload> {
     if !text.get(..LOOKED_AT)?.iter().all(is_base64) {
         return None;
     }
-    let len = memchr(b'"', text).filter(|len| *len >= least)?;
-    Some(Payload { start: behind_mark.len() - text.len(), len })
+    memchr(b'"', text).filter(|len| *len >= least)
 }
 
 /// What stands behind `image/png;base64,`.
@@ -87,7 +71,55 @@ fn is_base64(byte: &u8) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use memchr::memmem;
+    use rand::rngs::SmallRng;
+    use rand::{RngExt as _, SeedableRng as _};
+
+    use super::super::json::Members;
     use super::*;
+
+    impl Prompt {
+        /// The same for a whole body, also for one that is no JSON: wherever the mark stands and may begin a string.
+        fn of(body: &[u8]) -> Self {
+            let mut prompt = Self::text(body);
+            for quote in memmem::find_iter(body, b"\"data") {
+                // Behind a backslash the quote is a letter of some text.
+                if quote == 0 || body[quote - 1] != b'\\' {
+                    prompt.sees_string(&body[quote + 1..]);
+                }
+            }
+            prompt
+        }
+    }
+
+    /// As it is read together with the JSON of an object; `None` where that is malformed.
+    fn read_with_members(json: &[u8]) -> Option<Prompt> {
+        let mut prompt = Prompt::text(json);
+        let mut members = Members::of(json, |behind_quote| prompt.sees_string(behind_quote));
+        while members.next_key().ok()?.is_some() {
+            members.value().ok()?;
+        }
+        Some(prompt)
+    }
+
+    #[test]
+    fn what_is_embedded_is_found_in_passing_as_by_a_search_for_it() {
+        let long = "QUJD".repeat(300);
+        let url = format!("data:image/png;base64,{long}");
+        let escaped = format!(r#"\"data\":\"{long}\", \\"#);
+        let texts = ["data", "data:", "x", "", r#"\\"#, r#"\"data"#, &long, &url, &escaped];
+        let mut rng = SmallRng::seed_from_u64(1);
+        let mut embedded = 0;
+        for _ in 0..2000 {
+            let mut text = || format!("\"{}\"", texts[rng.random_range(0..texts.len())]);
+            let (a, b, c, d, e) = (text(), text(), text(), text(), text());
+            let body = format!(r#"{{{a}: {{"b":[{b},{c}], {d}:{e}}}, "data" : {b},"c":[{{"data":{d}}}]}}"#);
+            let expected = Prompt::of(body.as_bytes());
+            assert_eq!(read_with_members(body.as_bytes()), Some(expected), "{body}");
+            embedded += expected.embedded;
+        }
+        assert!(embedded > 1000, "{embedded}");
+    }
 
     fn around(before: &str, payload: &str, after: &str) -> (u64, u32, u64) {
         let prompt = Prompt::of(format!("{before}{payload}{after}").as_bytes());

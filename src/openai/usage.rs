@@ -2,7 +2,7 @@
 
 use std::sync::LazyLock;
 
-use memchr::memmem;
+use memchr::{memmem, memrchr};
 use serde::Deserialize;
 
 /// The tokens of one answer.
@@ -88,9 +88,7 @@ fn find(json: &[u8], in_its_place: impl Fn(&Outline<'_>) -> bool) -> Option<Usag
     let mut outline = Outline { json, at: json.len(), depth: 0, in_string: false };
     let mut end = json.len();
     while let Some(at) = KEY_FROM_THE_END.rfind(&json[..end]) {
-        while outline.at > at + key.len() {
-            outline.step_back();
-        }
+        outline.step_back_to(at + key.len());
         if !outline.in_string
             && !is_escaped(json, at)
             && in_its_place(&outline)
@@ -114,6 +112,18 @@ struct Outline<'j> {
 }
 
 impl Outline<'_> {
+    fn step_back_to(&mut self, to: usize) {
+        while self.at > to {
+            if self.in_string {
+                // Nothing else in it matters.
+                self.at = memrchr(b'"', &self.json[to..self.at]).map_or(to, |quote| to + quote + 1);
+            }
+            if self.at > to {
+                self.step_back();
+            }
+        }
+    }
+
     fn step_back(&mut self) {
         self.at -= 1;
         match self.json[self.at] {
@@ -203,7 +213,28 @@ impl Wire {
 
 #[cfg(test)]
 mod tests {
+    use rand::rngs::SmallRng;
+    use rand::{RngExt as _, SeedableRng as _};
+
     use super::*;
+
+    #[test]
+    fn stepping_back_over_strings_comes_to_the_same_as_step_by_step() {
+        let mut rng = SmallRng::seed_from_u64(1);
+        for _ in 0..2000 {
+            let json: Vec<u8> = (0..20).map(|_| br#""\{}[]aa""#[rng.random_range(0..9)]).collect();
+            let outline = Outline { json: &json, at: json.len(), depth: 0, in_string: false };
+            for to in 0..json.len() {
+                let (mut at_once, mut slow) = (outline, outline);
+                at_once.step_back_to(to);
+                while slow.at > to {
+                    slow.step_back();
+                }
+                let state = |it: Outline<'_>| (it.at, it.depth, it.in_string);
+                assert_eq!(state(at_once), state(slow), "{} to {to}", json.escape_ascii());
+            }
+        }
+    }
 
     #[test]
     fn the_usage_of_each_api_is_read() {

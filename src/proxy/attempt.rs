@@ -51,8 +51,8 @@ struct Limit {
 impl Proxy {
     /// One attempt, until it is clear whether it brought an answer.
     pub(super) async fn attempt(&self, call: &mut Call<'_>, mut permit: Permit, ledger: &mut Ledger) -> Tried {
-        ledger.attempt_begins();
-        let limit = self.attempt_limit(call, ledger.arrived());
+        let began = ledger.attempt_begins();
+        let limit = self.attempt_limit(call, ledger.arrived(), began);
         let exchanging = self.exchange(call, &mut permit, ledger);
         let exchange = match tokio::time::timeout_at(limit.at, exchanging).await {
             Ok(Ok(exchange)) => exchange,
@@ -103,9 +103,8 @@ impl Proxy {
     }
 
     /// How long an attempt may take to bring the beginning of an answer.
-    fn attempt_limit(&self, call: &Call<'_>, arrived: Instant) -> Limit {
+    fn attempt_limit(&self, call: &Call<'_>, arrived: Instant, now: Instant) -> Limit {
         let timeouts = &call.settings.config.timeouts;
-        let now = Instant::now();
         let own = match call.stream {
             true => Limit { at: now + timeouts.first_event, cause: Cause::FirstEventTimeout, name: "first_event" },
             false => Limit { at: now + timeouts.response, cause: Cause::ResponseTimeout, name: "response" },
@@ -131,30 +130,31 @@ impl Proxy {
         if !head.status.is_success() {
             permit.refused();
         }
+        let is_stream = relay::is_event_stream(&head);
         let patience = Patience {
             idle: call.settings.config.timeouts.idle,
-            first_event: (call.stream && relay::is_event_stream(&head)).then_some((limit.at, limit.cause)),
+            first_event: (call.stream && is_stream).then_some((limit.at, limit.cause)),
         };
         let asked_for_client = matches!(call.usage, AsksUsage::ForClient(_));
-        let hides_usage = asked_for_client && head.status.is_success() && relay::is_event_stream(&head);
+        let hides_usage = asked_for_client && head.status.is_success() && is_stream;
         let source = Source { opening: Opening::default(), rest: Some(body), permit: Some(permit), patience };
         // In a box: it is handed on several times.
         let mut answer = Box::new(Answer { head, source, hides_usage });
-        let until = limit.at.min(Instant::now() + MAX_HEAD_HOLD);
+        let until = || limit.at.min(Instant::now() + MAX_HEAD_HOLD);
         let status = answer.head.status;
         let result = retry::result_of(status);
         let can_be_repeated = call.body.is_whole();
-        if status.is_success() && can_be_repeated && relay::is_event_stream(&answer.head) {
-            return answer.hold_preamble(call.endpoint.is_some(), until, limit).await;
+        if status.is_success() && can_be_repeated && is_stream {
+            return answer.hold_preamble(call.endpoint.is_some(), until(), limit).await;
         }
         let (mut hopeless, mut own_fault) = (!can_be_repeated, false);
         let mut option_refused = false;
         let about_the_option = asked_for_client && usage_option::could_be_about_it(status);
-        let worth_holding = retry::is_worth_holding(status, headers::should_retry(&answer.head.headers));
+        let worth_holding = retry::is_worth_holding(status, answer.should_retry());
         // What a 429 means for others its body says.
         let about_the_lane = status == StatusCode::TOO_MANY_REQUESTS;
         if can_be_repeated && (worth_holding || about_the_option || about_the_lane) {
-            match answer.hold_error(until).await {
+            match answer.hold_error(until()).await {
                 WholeError::Whole(body) => {
                     hopeless = envelope::is_hopeless(&body);
                     own_fault = hopeless;
@@ -214,17 +214,24 @@ impl Answer {
     }
 
     fn ending(&self, hopeless: bool) -> Ending {
-        let (status, fields) = (self.head.status, &self.head.headers);
-        let should_retry = headers::should_retry(fields);
-        let is_error = status.is_client_error() || status.is_server_error();
-        let hint = if is_error { headers::retry_hint(fields, SystemTime::now()) } else { None };
-        Ending::Answer { status, hopeless, should_retry, hint }
+        let should_retry = self.should_retry();
+        let hint = if self.is_error() { headers::retry_hint(&self.head.headers, SystemTime::now()) } else { None };
+        Ending::Answer { status: self.head.status, hopeless, should_retry, hint }
+    }
+
+    fn is_error(&self) -> bool {
+        self.head.status.is_client_error() || self.head.status.is_server_error()
+    }
+
+    /// What the gateway says of its error; of any other answer it has no say.
+    fn should_retry(&self) -> Option<bool> {
+        if self.is_error() { headers::should_retry(&self.head.headers) } else { None }
     }
 
     /// What the answer says of its lane.
     fn heard(&self, ending: Ending, own_fault: bool) -> Heard {
         let fields = &self.head.headers;
-        let hint = headers::explicit_hint(fields, SystemTime::now());
+        let hint = if self.is_error() { headers::explicit_hint(fields, SystemTime::now()) } else { None };
         let [requests, tokens] = headers::told_quotas(fields);
         let signal = match (self.head.status.as_u16(), ending, hint) {
             // Money lacks, or the request is too large: others are not concerned.

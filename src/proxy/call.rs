@@ -101,7 +101,7 @@ impl Proxy {
         let (by_client, patience) = (headers::client_retries(&head.headers), headers::client_patience(&head.headers));
         let Settings { host, key, .. } = settings;
         fields::to_upstream(&mut head, host, &self.shared.via, key.as_ref(), endpoint.is_some());
-        let outgoing = Outgoing::new(head.method, &target, &head.headers);
+        let outgoing = Outgoing::new(head.method, &target, &head.headers, fields::goes_on);
         let size = endpoint.map(|endpoint| size_of(endpoint, &peek));
         let may_be_asked = || self.shared.usage_option.may_be_asked(model, Instant::now());
         let usage = match (endpoint, peek.usage) {

@@ -12,7 +12,7 @@ use crate::error::{Cause, Failure};
 use crate::upstream::head::Coding;
 
 /// Fields that concern one connection only (RFC 9110, 7.6.1, and those of old that meant the same).
-const HOP_BY_HOP: [HeaderName; 8] = [
+static HOP_BY_HOP: [HeaderName; 8] = [
     header::CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
@@ -109,17 +109,15 @@ fn check_authority(authority: &Authority, host: Option<&HeaderValue>) -> Result<
     }
 }
 
-/// Makes a client's fields those of the request to the gateway.
+/// Makes a client's fields those of the request to the gateway, but for what [`goes_on`] says of them: what is dropped is passed
+/// over when they are written, since taking it out of the map would cost more, and the others their order.
 pub fn to_upstream(head: &mut request::Parts, host: &HeaderValue, via: &Via, key: Option<&LentKey>, metered: bool) {
     if let Some(hops) = forwards_left(head) {
         let left = hops.saturating_sub(1).min(MOST_FORWARDS);
         head.headers.insert(header::MAX_FORWARDS, HeaderValue::from(left));
     }
     let fields = &mut head.headers;
-    strip_hop_by_hop(fields);
-    // The length is the body's own, and weir has answered the expectation already.
-    fields.remove(header::CONTENT_LENGTH);
-    fields.remove(header::EXPECT);
+    drop_named_by_connection(fields);
     fields.insert(header::HOST, host.clone());
     fields.append(header::VIA, via.field(head.version));
     if metered {
@@ -133,6 +131,13 @@ pub fn to_upstream(head: &mut request::Parts, host: &HeaderValue, via: &Via, key
         Some(key) => key.replace_others(fields),
         None => hide_keys(fields),
     }
+}
+
+/// Whether a field of a client's request is sent to the gateway.
+pub fn goes_on(name: &HeaderName) -> bool {
+    // The length is the body's own, and weir has answered the expectation already.
+    let is_weirs = *name == header::CONTENT_LENGTH || *name == header::EXPECT;
+    !is_weirs && !is_hop_by_hop(name)
 }
 
 /// Refuses an answer that nobody asked for, or that cannot be told on: a switch of protocols, and a transfer coding besides
@@ -160,7 +165,8 @@ pub fn to_client(head: &mut response::Parts) {
         head.headers.remove(header::CONTENT_LENGTH);
     }
     put_length_right(&mut head.headers);
-    strip_hop_by_hop(&mut head.headers);
+    drop_named_by_connection(&mut head.headers);
+    drop_fields(&mut head.headers, is_hop_by_hop);
     head.version = Version::HTTP_11;
 }
 
@@ -194,21 +200,30 @@ fn number(text: &[u8]) -> Option<u64> {
     std::str::from_utf8(text).ok()?.parse().ok()
 }
 
-fn strip_hop_by_hop(fields: &mut HeaderMap) {
-    if fields.contains_key(header::CONNECTION) {
-        let named: Vec<HeaderName> = fields
-            .get_all(header::CONNECTION)
-            .iter()
-            .flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
-            .filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok())
-            .collect();
-        for name in named {
-            fields.remove(name);
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    HOP_BY_HOP.contains(name)
+}
+
+/// Drops the fields that `Connection` says are for this connection only.
+fn drop_named_by_connection(fields: &mut HeaderMap) {
+    let options =
+        fields.get_all(header::CONNECTION).iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
+    let named: Vec<HeaderName> = options.filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok()).collect();
+    drop_fields(fields, |name| named.contains(name));
+}
+
+/// Drops these fields and keeps all others in their order, which `HeaderMap::remove` does not.
+fn drop_fields(fields: &mut HeaderMap, is_dropped: impl Fn(&HeaderName) -> bool) {
+    if !fields.keys().any(&is_dropped) {
+        return;
+    }
+    let mut kept = HeaderMap::with_capacity(fields.len());
+    for (name, value) in &*fields {
+        if !is_dropped(name) {
+            kept.append(name.clone(), value.clone());
         }
     }
-    for name in &HOP_BY_HOP {
-        fields.remove(name);
-    }
+    *fields = kept;
 }
 
 /// HTTP/2 may split the cookie into several fields, HTTP/1.1 may not (RFC 9113, 8.2.3).
@@ -307,6 +322,17 @@ mod tests {
         request.body(()).expect("a request").into_parts().0
     }
 
+    /// The fields that go on to the gateway.
+    fn sent(mut head: request::Parts, key: Option<&LentKey>, metered: bool) -> HeaderMap {
+        to_upstream(&mut head, &HeaderValue::from_static("gateway"), &Via::new("a"), key, metered);
+        let fields = head.headers.iter().filter(|(name, _)| goes_on(name));
+        fields.map(|(name, value)| (name.clone(), value.clone())).collect()
+    }
+
+    fn names(fields: &HeaderMap) -> Vec<&str> {
+        fields.keys().map(HeaderName::as_str).collect()
+    }
+
     #[test]
     fn one_host_is_needed_and_no_more() {
         let via = Via::new("a");
@@ -333,7 +359,7 @@ mod tests {
 
     #[test]
     fn hop_by_hop_fields_and_those_that_connection_names_are_dropped() {
-        let mut head = head(&[
+        let head = head(&[
             ("connection", "close, X-Secret"),
             ("x-secret", "1"),
             ("te", "trailers"),
@@ -343,51 +369,81 @@ mod tests {
             ("expect", "100-continue"),
             ("content-length", "5"),
         ]);
-        to_upstream(&mut head, &HeaderValue::from_static("gateway"), &Via::new("a"), None, true);
-        let names: Vec<&str> = head.headers.keys().map(HeaderName::as_str).collect();
-        assert_eq!(names.len(), 4, "{names:?}");
+        let sent = sent(head, None, true);
+        assert_eq!(names(&sent).len(), 4, "{sent:?}");
         assert_eq!(
-            (&head.headers["host"], &head.headers["x-kept"]),
+            (&sent["host"], &sent["x-kept"]),
             (&HeaderValue::from_static("gateway"), &HeaderValue::from_static("2"))
         );
         assert_eq!(
-            (&head.headers["via"], &head.headers["accept-encoding"]),
+            (&sent["via"], &sent["accept-encoding"]),
             (&HeaderValue::from_static("1.1 weir-a"), &HeaderValue::from_static("identity"))
         );
     }
 
     #[test]
+    fn a_field_that_connection_names_is_weirs_own_where_weir_writes_it() {
+        let head = head(&[("connection", "Host, Via, Accept-Encoding"), ("host", "weir"), ("via", "1.1 cdn")]);
+        let sent = sent(head, None, true);
+        assert_eq!(
+            (&sent["host"], &sent["accept-encoding"]),
+            (&HeaderValue::from_static("gateway"), &HeaderValue::from_static("identity"))
+        );
+        assert_eq!(sent.get_all("via").iter().collect::<Vec<_>>(), ["1.1 weir-a"]);
+    }
+
+    #[test]
+    fn fields_that_go_on_keep_their_order() {
+        let lines = [
+            ("x-first", "1"),
+            ("content-length", "5"),
+            ("host", "weir"),
+            ("connection", "x-named"),
+            ("x-second", "2"),
+            ("te", "trailers"),
+            ("x-named", "3"),
+            ("x-third", "4"),
+            ("x-fourth", "5"),
+            ("x-first", "6"),
+        ];
+        let to_gateway = sent(head(&lines), None, false);
+        assert_eq!(names(&to_gateway), ["x-first", "host", "x-second", "x-third", "x-fourth", "via"]);
+        assert_eq!(to_gateway.get_all("x-first").iter().collect::<Vec<_>>(), ["1", "6"]);
+        let (mut answer, ()) = http::Response::new(()).into_parts();
+        answer.headers = head(&lines).headers;
+        to_client(&mut answer);
+        assert_eq!(names(&answer.headers), ["x-first", "content-length", "host", "x-second", "x-third", "x-fourth"]);
+    }
+
+    #[test]
     fn the_upstreams_key_stands_wherever_the_clients_own_did() {
         let key = LentKey::new(&Secret::resolve("sk-upstream", &|_| None).expect("a secret"));
-        let mut head = head(&[("authorization", "Bearer mine"), ("x-api-key", "mine"), ("api-key", "mine")]);
-        to_upstream(&mut head, &HeaderValue::from_static("gateway"), &Via::new("a"), Some(&key), true);
-        assert!(
-            !format!("{:?}", head.headers).contains("mine") && !format!("{:?}", head.headers).contains("sk-upstream")
-        );
+        let head = head(&[("authorization", "Bearer mine"), ("x-api-key", "mine"), ("api-key", "mine")]);
+        let sent = sent(head, Some(&key), true);
+        assert!(!format!("{sent:?}").contains("mine") && !format!("{sent:?}").contains("sk-upstream"));
         assert_eq!(
-            (&head.headers["authorization"], &head.headers["x-api-key"]),
+            (&sent["authorization"], &sent["x-api-key"]),
             (&HeaderValue::from_static("Bearer sk-upstream"), &HeaderValue::from_static("sk-upstream"))
         );
     }
 
     #[test]
     fn clients_keys_that_go_through_are_hidden_from_debug_output() {
-        let mut head = head(&[("authorization", "Bearer mine"), ("authorization", "mine"), ("x-api-key", "mine")]);
-        to_upstream(&mut head, &HeaderValue::from_static("gateway"), &Via::new("a"), None, true);
-        assert!(!format!("{:?}", head.headers).contains("mine"));
-        assert_eq!(head.headers.get_all("authorization").iter().count(), 2);
+        let head = head(&[("authorization", "Bearer mine"), ("authorization", "mine"), ("x-api-key", "mine")]);
+        let sent = sent(head, None, true);
+        assert!(!format!("{sent:?}").contains("mine"));
+        assert_eq!(sent.get_all("authorization").iter().count(), 2);
     }
 
     #[test]
     fn requests_share_the_bytes_of_the_upstreams_key() {
         let key = LentKey::new(&Secret::resolve("sk-upstream", &|_| None).expect("a secret"));
-        let sent = || {
-            let mut head = head(&[("api-key", "mine"), ("api-key", "again")]);
-            to_upstream(&mut head, &HeaderValue::from_static("gateway"), &Via::new("a"), Some(&key), true);
-            assert_eq!(head.headers.get_all("api-key").iter().count(), 1);
-            ["authorization", "api-key"].map(|name| head.headers[name].as_bytes().as_ptr())
+        let key_bytes = || {
+            let sent = sent(head(&[("api-key", "mine"), ("api-key", "again")]), Some(&key), true);
+            assert_eq!(sent.get_all("api-key").iter().count(), 1);
+            ["authorization", "api-key"].map(|name| sent[name].as_bytes().as_ptr())
         };
-        assert_eq!(sent(), sent());
+        assert_eq!(key_bytes(), key_bytes());
     }
 
     #[test]
@@ -395,16 +451,15 @@ mod tests {
         let mut head = head(&[("x-secret", "1"), ("x-kept", "2")]);
         let value = HeaderValue::from_bytes(b"\xff, X-SECRET\t, a b").expect("a value that hyper lets pass");
         head.headers.append("connection", value);
-        to_upstream(&mut head, &HeaderValue::from_static("gateway"), &Via::new("a"), None, false);
-        assert!(!head.headers.contains_key("x-secret") && head.headers.contains_key("x-kept"));
+        let sent = sent(head, None, false);
+        assert!(!sent.contains_key("x-secret") && sent.contains_key("x-kept"));
     }
 
     #[test]
     fn crumbs_of_an_http2_cookie_are_joined() {
         let mut head = head(&[("cookie", "a=1"), ("cookie", "b=2")]);
         head.version = Version::HTTP_2;
-        to_upstream(&mut head, &HeaderValue::from_static("gateway"), &Via::new("a"), None, false);
-        assert_eq!(head.headers["cookie"], "a=1; b=2");
+        assert_eq!(sent(head, None, false)["cookie"], "a=1; b=2");
     }
 
     #[test]

@@ -55,9 +55,6 @@ use usage_option::UsageOption;
 /// How many of a request's attempts may find out for all whether the gateway is back, and cost it no retry.
 const MOST_FREE_PROBES: u32 = 10;
 
-/// Fields that weir adds to an answer.
-const MOST_OWN_FIELDS: usize = 10;
-
 /// How often it is looked whether the budget allows a retry that waits for it.
 const BUDGET_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -457,7 +454,6 @@ impl Proxy {
         let now = Instant::now();
         ledger.answer_begins(now);
         fields::to_client(&mut head);
-        head.headers.reserve(MOST_OWN_FIELDS);
         add_own_fields(&mut head.headers, &ledger, now);
         ledger.answers(self.name(&mut head.headers, request_id), head.status);
         let endpoint = endpoint.filter(|_| head.status.is_success());
@@ -465,7 +461,7 @@ impl Proxy {
             // A chunk will be missing from it.
             head.headers.remove(header::CONTENT_LENGTH);
         }
-        let relay = Relay::new(&head, source, ledger, endpoint, hides_usage);
+        let relay = Relay::new(&head, source, ledger, endpoint, hides_usage, now);
         Response::from_parts(head, ResponseBody::Relay(Box::new(relay)))
     }
 

@@ -11,12 +11,13 @@ mod tls;
 
 use std::convert::Infallible;
 use std::error::Error;
+use std::future::poll_fn;
 use std::io;
 use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -135,6 +136,10 @@ impl Drain {
         running.await
     }
 
+    fn has_begun(&self) -> bool {
+        *self.begun.borrow()
+    }
+
     /// The drain has begun, and the time for requests that were on their way is over.
     async fn last_call_over(&mut self) {
         self.begun().await;
@@ -219,10 +224,10 @@ async fn serve_protocol<I>(
         Ok(Protocol::Http1) => {
             let connection = http1().serve_connection(TokioIo::new(edge), service);
             let mut connection = pin!(connection);
-            let ended = tokio::select! {
-                biased;
-                ended = connection.as_mut() => ended,
-                () = last_call(&activity, &mut drain) => {
+            let watched = drain.clone();
+            let ended = match ends_before(connection.as_mut(), &watched, last_call(&activity, &mut drain)).await {
+                Some(ended) => ended,
+                None => {
                     connection.as_mut().graceful_shutdown();
                     drain.run_to_end(connection).await
                 }
@@ -270,6 +275,29 @@ async fn serve(
     // A client whose window is shut from the start never asks for the first chunk.
     streams::gave();
     Ok(response)
+}
+
+/// How a connection ends; `None` where its `last_call` is over before. That one only waits for the drain at first, which wakes
+/// this task, so until then it is not asked again with every piece of an answer.
+async fn ends_before<T>(
+    mut connection: impl Future<Output = T> + Unpin,
+    drain: &Drain,
+    last_call: impl Future<Output = ()>,
+) -> Option<T> {
+    let mut last_call = pin!(last_call);
+    let mut woken_by_drain: Option<Waker> = None;
+    poll_fn(|cx| {
+        if let Poll::Ready(ended) = Pin::new(&mut connection).poll(cx) {
+            return Poll::Ready(Some(ended));
+        }
+        let will_be_woken = woken_by_drain.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()));
+        if will_be_woken && !drain.has_begun() {
+            return Poll::Pending;
+        }
+        woken_by_drain = Some(cx.waker().clone());
+        last_call.as_mut().poll(cx).map(|()| None)
+    })
+    .await
 }
 
 /// Waits for the drain, and then until the connection has been without a request for as long as [`LAST_CALL`]. From the

@@ -16,6 +16,9 @@ const MAX_HEAD: usize = 64 << 10;
 /// Nor have more fields.
 const MAX_FIELDS: usize = 100;
 
+/// Room for the fields that are added to an answer's: with less, its map would be made a second time.
+const OWN_FIELDS: usize = 10;
+
 /// No body is that long; hyper has a meaning of its own for what is longer.
 const MAX_LENGTH: u64 = u64::MAX - 2;
 
@@ -67,15 +70,16 @@ impl Coding {
 }
 
 impl Outgoing {
-    /// A request for `target`, its path and query, with these fields. Those that frame a body are not among them.
-    pub fn new(method: Method, target: &http::Uri, fields: &HeaderMap) -> Self {
+    /// A request for `target`, its path and query, with those of these fields that go on. Those that frame a body do not.
+    pub fn new(method: Method, target: &http::Uri, fields: &HeaderMap, goes_on: impl Fn(&HeaderName) -> bool) -> Self {
         let target = target.path_and_query().map_or("/", http::uri::PathAndQuery::as_str);
-        let field_bytes: usize = fields.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+        let fields = || fields.iter().filter(|(name, _)| goes_on(name));
+        let field_bytes: usize = fields().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
         let mut lines = Vec::with_capacity(method.as_str().len() + target.len() + field_bytes + 16);
         for part in [method.as_str(), " ", target, " HTTP/1.1\r\n"] {
             lines.extend_from_slice(part.as_bytes());
         }
-        for (name, value) in fields {
+        for (name, value) in fields() {
             for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
                 lines.extend_from_slice(part);
             }
@@ -142,7 +146,7 @@ pub fn take_head(read: Bytes, asked: &Method) -> Result<Taken, WireError> {
     let (mut parts, ()) = Response::new(()).into_parts();
     parts.status = parsed.code.and_then(|code| StatusCode::from_u16(code).ok()).ok_or(MALFORMED)?;
     parts.version = if parsed.version == Some(1) { Version::HTTP_11 } else { Version::HTTP_10 };
-    parts.headers.reserve(parsed.headers.len());
+    parts.headers.reserve(parsed.headers.len() + OWN_FIELDS);
     for line in &*parsed.headers {
         let name = HeaderName::from_bytes(line.name.as_bytes()).map_err(|_| MALFORMED)?;
         let value = HeaderValue::from_maybe_shared(read.slice_ref(line.value)).map_err(|_| MALFORMED)?;
@@ -296,7 +300,7 @@ mod tests {
         let mut fields = HeaderMap::new();
         fields.insert("host", HeaderValue::from_static("gateway"));
         let head = |method: Method, length| {
-            let outgoing = Outgoing::new(method, &http::Uri::from_static("/v1/models?a=%2F"), &fields);
+            let outgoing = Outgoing::new(method, &http::Uri::from_static("/v1/models?a=%2F"), &fields, |_| true);
             String::from_utf8(outgoing.head(length, 0)).expect("ASCII")
         };
         assert_eq!(head(Method::GET, Some(0)), "GET /v1/models?a=%2F HTTP/1.1\r\nhost: gateway\r\n\r\n");
@@ -313,7 +317,7 @@ mod tests {
     fn a_requests_fields_are_not_in_debug_output() {
         let mut fields = HeaderMap::new();
         fields.insert("authorization", HeaderValue::from_static("Bearer sk-secret"));
-        let outgoing = Outgoing::new(Method::GET, &http::Uri::from_static("/v1/models"), &fields);
+        let outgoing = Outgoing::new(Method::GET, &http::Uri::from_static("/v1/models"), &fields, |_| true);
         assert!(!format!("{outgoing:?}").contains("sk-secret"));
     }
 }

@@ -172,7 +172,7 @@ fn whole(body: &[u8]) -> Payload {
 fn ask(method: Method) -> Outgoing {
     let fields =
         [("host", "gateway")].map(|(name, value)| (name.parse().expect("a name"), HeaderValue::from_static(value)));
-    Outgoing::new(method, &Uri::from_static("/v1/x"), &HeaderMap::from_iter(fields))
+    Outgoing::new(method, &Uri::from_static("/v1/x"), &HeaderMap::from_iter(fields), |_| true)
 }
 
 /// What a POST begins with, but for what frames its body.
