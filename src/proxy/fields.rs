@@ -1,5 +1,7 @@
 //! The header fields of an intermediary: what is checked, dropped, replaced and added (RFC 9110, section 7).
 
+use std::collections::HashSet;
+
 use bytes::Bytes;
 use http::header::{self, Entry, HeaderMap, HeaderName, HeaderValue};
 use http::uri::Authority;
@@ -208,7 +210,9 @@ fn is_hop_by_hop(name: &HeaderName) -> bool {
 fn drop_named_by_connection(fields: &mut HeaderMap) {
     let options =
         fields.get_all(header::CONNECTION).iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b','));
-    let named: Vec<HeaderName> = options.filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok()).collect();
+    let names = options.filter_map(|name| HeaderName::from_bytes(name.trim_ascii()).ok());
+    // Thousands can be named, most of them not there.
+    let named: HashSet<HeaderName> = names.filter(|name| fields.contains_key(name)).collect();
     drop_fields(fields, |name| named.contains(name));
 }
 

@@ -16,7 +16,7 @@ use std::io;
 use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
@@ -66,6 +66,8 @@ const LAST_CALL: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone)]
 pub struct Drain {
     stage: watch::Receiver<Stage>,
+    /// The same for who asks often: without a lock.
+    has_begun: Arc<AtomicBool>,
 }
 
 /// How far the end has come.
@@ -80,17 +82,20 @@ enum Stage {
 #[derive(Debug)]
 pub struct DrainControl {
     stage: watch::Sender<Stage>,
+    has_begun: Arc<AtomicBool>,
 }
 
 impl DrainControl {
     /// A drain that has not begun.
     pub fn new() -> (Self, Drain) {
         let (control, watching) = watch::channel(Stage::Serving);
-        (Self { stage: control }, Drain { stage: watching })
+        let has_begun = Arc::new(AtomicBool::new(false));
+        (Self { stage: control, has_begun: has_begun.clone() }, Drain { stage: watching, has_begun })
     }
 
     /// Begins: no new request on any connection.
     pub fn begin(&self) {
+        self.has_begun.store(true, Ordering::Release);
         self.reach(Stage::Draining);
     }
 
@@ -137,7 +142,7 @@ impl Drain {
     }
 
     fn has_begun(&self) -> bool {
-        *self.begun.borrow()
+        self.has_begun.load(Ordering::Acquire)
     }
 
     /// The drain has begun, and the time for requests that were on their way is over.
