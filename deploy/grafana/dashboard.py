@@ -31,8 +31,9 @@ def rate(metric: str, selector: str, by: str = "") -> str:
 
 
 def quantile(share: float, metric: str, selector: str, by: str = "model") -> str:
+    """Nothing, where nothing was measured: as not a number it would leave its whole panel empty."""
     grouping = f"{by}, le" if by else "le"
-    return f"histogram_quantile({share}, sum by ({grouping}) (rate({metric}_bucket{{{selector}}}{RATE})))"
+    return f"histogram_quantile({share}, sum by ({grouping}) (rate({metric}_bucket{{{selector}}}{RATE}))) >= 0"
 
 
 class Panel:
@@ -52,12 +53,14 @@ class Panel:
         most: float | None = None,
         least: float | None = 0,
         nothing: str | None = None,
+        least_first: bool = False,
         words: dict[int, str] | None = None,
         others: list[dict[str, Any]] | None = None,
     ):
         self.title, self.about, self.queries = title, about, queries
         self.unit, self.kind, self.width, self.stack = unit, kind, width, stack
         self.colors, self.steps, self.most, self.least = colors or {}, steps, most, least
+        self.least_first = least_first
         # What it says where there is no data, what it says for a number, and series that look different.
         self.nothing, self.words, self.others = nothing, words or {}, others or []
 
@@ -125,11 +128,20 @@ class Panel:
         last = {"calcs": ["lastNotNull"], "fields": "", "values": False}
         if self.kind == "stat":
             # Shares of red where thresholds say so; else a plain number.
-            return {"reduceOptions": last, "colorMode": "value", "graphMode": "none", "textMode": "auto"}
+            text = "auto" if self.width < 8 else "value_and_name"
+            return {"reduceOptions": last, "colorMode": "value", "graphMode": "none", "textMode": text}
         if self.kind == "bargauge":
             return {"reduceOptions": last, "orientation": "horizontal", "displayMode": "basic", "showUnfilled": True}
         return {
-            "legend": {"showLegend": True, "displayMode": "table", "placement": "bottom", "calcs": ["lastNotNull", "max"]},
+            # What matters comes first: a legend has room for three rows or so.
+            "legend": {
+                "showLegend": True,
+                "displayMode": "table",
+                "placement": "bottom",
+                "calcs": ["lastNotNull", "max"],
+                "sortBy": "Last *",
+                "sortDesc": not self.least_first,
+            },
             "tooltip": {"mode": "multi", "sort": "desc"},
         }
 
@@ -151,7 +163,7 @@ LIMIT = {
 
 # There are a thousand times as many tokens as requests.
 TOKENS_AT_THE_RIGHT = {
-    "matcher": {"id": "byRegexp", "options": "/: tokens/"},
+    "matcher": {"id": "byRegexp", "options": "/tokens$/"},
     "properties": [{"id": "custom.axisPlacement", "value": "right"}, {"id": "unit", "value": "si:tok/min"}],
 }
 
@@ -190,7 +202,8 @@ ALL_REQUESTS = rate("weir_requests_total", PAIR)
 FAULTLESS = rate("weir_requests_total", PAIR + ', outcome!~"client_error|disconnected"')
 ATTEMPTS = rate("weir_upstream_attempts_total", MODEL, "model")
 
-LIMIT_LEGEND = "{{scope}} {{name}}: {{unit}}"
+# The global limits have no name.
+LIMIT_LEGEND = "{{scope}} {{name}} {{unit}}"
 
 
 def who_waits(metric: str, selector: str, by: str) -> str:
@@ -405,6 +418,7 @@ LIMITS = [
         unit="percentunit",
         most=1,
         width=16,
+        least_first=True,
     ),
     Panel(
         "Quotas of the configuration",
@@ -442,6 +456,7 @@ LIMITS = [
         (f"60 * sum by (model) (weir_learned_tokens_per_second{{{MODEL}}})", "{{model}}: tokens"),
         unit=PER_MINUTE,
         others=[TOKENS_AT_THE_RIGHT],
+        nothing="nothing was refused or told",
     ),
     Panel(
         "Breaker",
@@ -528,8 +543,8 @@ ITSELF = [
     ),
     Panel(
         "CPU",
-        "Cores in use.",
-        (f"rate(process_cpu_seconds_total{{{WEIR}}}{RATE})", "{{instance}}"),
+        "Cores in use, over five minutes: the time is told in whole seconds.",
+        (f"rate(process_cpu_seconds_total{{{WEIR}}}[5m])", "{{instance}}"),
     ),
     Panel(
         "Tasks and file descriptors",
@@ -583,7 +598,7 @@ ITSELF = [
             "{{instance}}, {{version}}",
         ),
         unit="s",
-        kind="bargauge",
+        kind="stat",
     ),
 ]
 

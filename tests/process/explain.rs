@@ -20,15 +20,19 @@ fn explain(arguments: &[&str], token: Option<&str>) -> (Option<i32>, String) {
 fn explain_says_in_words_what_the_next_request_meets() {
     let gateway = Gateway::start(&QUICK);
     let tables = "[queue]\nmax_wait = \"10s\"\n[models.\"gpt-4.1-mini\"]\nrequests = { rate = \"1/min\", burst = 1 }\n\
-                  [clients.bot]\nkey = \"sk-own-bot\"\n";
+                  [clients.bot]\nkey = \"sk-own-bot\"\ntokens = { rate = \"30/h\", burst = 100000 }\n";
     let weir = Weir::start(&gateway, tables);
     let admin = format!("http://{}", weir.admin);
     let question = ["--admin", &admin, "--client", "bot", "--model", "gpt-4.1-mini"];
     let (status, before) = explain(&question, None);
     assert_eq!(status, Some(0), "{before}");
-    for part in
-        ["client bot, gpt-4.1-mini", "passes at once", "1/min requests for model gpt-4.1-mini: 0 of 1 used", "Queue"]
-    {
+    for part in [
+        "client bot, gpt-4.1-mini",
+        "passes at once",
+        "1/min requests for model gpt-4.1-mini: 0 of 1 used",
+        "30/h tokens for client bot: 0 of 100000 used, refills 30.0 an hour",
+        "Queue",
+    ] {
         assert!(before.contains(part), "{part} is not in:\n{before}");
     }
     let mut client = TcpStream::connect(weir.address).expect("it listens");
