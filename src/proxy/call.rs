@@ -231,13 +231,21 @@ fn size_of(endpoint: Endpoint, peek: &call::Peek) -> Size {
     Size { prompt: peek.prompt, max_output, choices: peek.choices }
 }
 
+/// Paths of the other listener, which a probe or a scraper may look for here.
+const OPERATORS_PATHS: [&str; 7] = ["/status", "/status.json", "/explain", "/metrics", "/livez", "/readyz", "/reload"];
+
 /// The path is not one that weir serves: most likely the client's base URL is wrong.
 pub(super) fn unknown_path(head: &request::Parts) -> Failure {
+    let path = head.uri.path();
+    if OPERATORS_PATHS.contains(&path) {
+        let message =
+            format!("weir serves clients here, and {path} to operators at another address (server.admin_listen)");
+        return Failure::new(Cause::UnknownPath, message);
+    }
     let host = head.headers.get(http::header::HOST).and_then(|host| host.to_str().ok());
     let host = host.or(head.uri.authority().map(http::uri::Authority::as_str)).unwrap_or("HOST:PORT");
     let message = format!(
-        "weir serves the paths under /v1, and {} is not one of them; set your client's base URL to http://{host}/v1",
-        head.uri.path()
+        "weir serves the paths under /v1, and {path} is not one of them; set your client's base URL to http://{host}/v1"
     );
     Failure::new(Cause::UnknownPath, message)
 }

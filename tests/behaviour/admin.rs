@@ -574,6 +574,18 @@ async fn every_answer_says_what_a_browser_may_do_with_it() {
     assert!(nonce.len() >= 32 && page.text().contains(&format!("<script nonce=\"{nonce}\">")), "{nonce}");
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_probe_or_a_scraper_at_the_clients_listener_is_told_of_the_other_one() {
+    let world = World::new("", |_| completion());
+    for path in ["/status", "/status.json", "/explain", "/metrics", "/livez", "/readyz", "/reload"] {
+        assert_ne!(Operators::of(&world).get(path).await.status, 404, "{path}");
+        let lost = world.send(request(Method::GET, path, "")).await;
+        assert_eq!((lost.status.as_u16(), lost.code()), (404, "unknown_path".to_owned()), "{path}");
+        assert!(lost.text().contains("server.admin_listen"), "{}", lost.text());
+    }
+    assert!(world.send(request(Method::GET, "/chat/completions", "")).await.text().contains("base URL to http://"));
+}
+
 // Many models, many clients, and scrapers that never stop.
 
 /// 300 models, 20 clients, and something counted for each pair of them.
