@@ -105,7 +105,7 @@ impl Reloader {
         self.stopping.store(true, Ordering::Release);
     }
 
-    /// Reads the file anew and puts what it says in force. Waits for a reload that is under way. Takes [`PATIENCE`] at most.
+    /// Reads the file anew and puts what it says in force. Waits for a reload that is under way. Takes 10 s at most.
     ///
     /// Dropped before the file was read, nothing is changed.
     ///

@@ -26,7 +26,6 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio::time::{Instant, MissedTickBehavior};
@@ -35,7 +34,7 @@ use crate::config::{Address, Concurrency};
 use crate::metrics::Gauges;
 use crate::proxy::Proxy;
 use crate::reload::{NotReloaded, Reloader};
-use crate::server::edge::{Activity, Edge, EdgeLimits};
+use crate::server::edge::{Activity, ClientIo, Edge, EdgeLimits};
 use crate::server::{Listener, Workers};
 
 use explain::{Explanation, Question};
@@ -113,7 +112,7 @@ impl Admin {
     }
 
     /// Answers on one connection until it ends.
-    pub async fn serve_connection(self: Arc<Self>, io: impl AsyncRead + AsyncWrite + Unpin) {
+    pub async fn serve_connection(self: Arc<Self>, io: impl ClientIo) {
         let activity = Arc::new(Activity::default());
         let io = TokioIo::new(Edge::new(io, activity.clone(), LIMITS, None));
         let service = service_fn(|request: Request<Incoming>| {

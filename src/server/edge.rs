@@ -13,11 +13,32 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use http::StatusCode;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
+use tokio::net::TcpStream;
 use tokio::time::{Instant, Sleep};
 
 use crate::error::{Cause, Failure};
 use crate::metrics::{Guard, Metrics};
+use crate::upstream::connect::Transport;
+
+/// A client's connection, as bytes.
+pub trait ClientIo: AsyncRead + AsyncWrite + Unpin {
+    /// From now on a close is a reset: nobody takes it for the end of what was sent. What is on its way may be lost with it.
+    fn close_with_reset(&self) {}
+}
+
+impl ClientIo for TcpStream {
+    fn close_with_reset(&self) {
+        // Where that fails the client has gone.
+        let _ = self.set_zero_linger();
+    }
+}
+
+/// TLS tells by itself whether it has ended in order; a unix socket can't tell.
+impl ClientIo for Box<dyn Transport + '_> {}
+
+/// In memory.
+impl ClientIo for DuplexStream {}
 
 /// How slow a client may be.
 #[derive(Debug, Clone, Copy)]
@@ -51,6 +72,8 @@ pub struct Activity {
     http2: AtomicBool,
     /// The drain has begun: the next answer ends a connection of HTTP/1.
     last: AtomicBool,
+    /// An answer is under way that has no end but its connection's.
+    open_ended: AtomicBool,
     /// When the last request ended; at first, when the connection began.
     idle_since: Mutex<Instant>,
 }
@@ -65,6 +88,7 @@ impl Default for Activity {
             requests: AtomicU64::new(0),
             http2: AtomicBool::new(false),
             last: AtomicBool::new(false),
+            open_ended: AtomicBool::new(false),
             idle_since: Mutex::new(Instant::now()),
         }
     }
@@ -106,6 +130,11 @@ impl ActiveRequest {
     pub fn is_last(&self) -> bool {
         self.0.last.load(Ordering::Relaxed)
     }
+
+    /// Its answer has no end but the connection's, and is under way; or it has ended.
+    pub fn set_open_ended(&self, under_way: bool) {
+        self.0.open_ended.store(under_way, Ordering::Relaxed);
+    }
 }
 
 impl Drop for ActiveRequest {
@@ -118,7 +147,7 @@ impl Drop for ActiveRequest {
 }
 
 /// A client's connection with deadlines.
-pub struct Edge<I> {
+pub struct Edge<I: ClientIo> {
     io: I,
     /// Read to find out the protocol, and not yet read by hyper.
     beginning: Vec<u8>,
@@ -134,7 +163,7 @@ pub struct Edge<I> {
     cut: bool,
 }
 
-impl<I> Edge<I> {
+impl<I: ClientIo> Edge<I> {
     /// Wraps a new connection.
     pub fn new(io: I, activity: Arc<Activity>, limits: EdgeLimits, metrics: Option<Arc<Metrics>>) -> Self {
         Self {
@@ -155,10 +184,7 @@ impl<I> Edge<I> {
     ///
     /// # Errors
     /// The connection broke or was closed, or nothing came in time.
-    pub async fn detect(&mut self) -> io::Result<Protocol>
-    where
-        I: AsyncRead + AsyncWrite + Unpin,
-    {
+    pub async fn detect(&mut self) -> io::Result<Protocol> {
         let mut beginning = Vec::with_capacity(HTTP2_PREFACE.len());
         while HTTP2_PREFACE.starts_with(&beginning) && beginning.len() < HTTP2_PREFACE.len() {
             let mut room = [0; HTTP2_PREFACE.len()];
@@ -273,7 +299,15 @@ pub fn serialize(failure: &Failure) -> Vec<u8> {
     bytes
 }
 
-impl<I: AsyncRead + AsyncWrite + Unpin> AsyncRead for Edge<I> {
+impl<I: ClientIo> Drop for Edge<I> {
+    fn drop(&mut self) {
+        if self.activity.open_ended.load(Ordering::Relaxed) {
+            self.io.close_with_reset();
+        }
+    }
+}
+
+impl<I: ClientIo> AsyncRead for Edge<I> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let edge = self.get_mut();
         let before = buf.filled().len();
@@ -306,7 +340,7 @@ impl<I: AsyncRead + AsyncWrite + Unpin> AsyncRead for Edge<I> {
     }
 }
 
-impl<I: AsyncWrite + Unpin> AsyncWrite for Edge<I> {
+impl<I: ClientIo> AsyncWrite for Edge<I> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let edge = self.get_mut();
         let own = edge.own_words(bytes);
@@ -405,7 +439,7 @@ impl Alarm {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::*;
 

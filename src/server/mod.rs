@@ -41,7 +41,7 @@ use crate::relay::BrokenOff;
 pub use listener::{Connection, Inherited, Listener};
 pub use tls::{NewCertificate, Tls};
 
-use edge::{ActiveRequest, Activity, Edge, EdgeLimits, Protocol};
+use edge::{ActiveRequest, Activity, ClientIo, Edge, EdgeLimits, Protocol};
 use streams::StreamExecutor;
 
 /// HTTP/2 streams at once on one connection.
@@ -164,7 +164,7 @@ pub fn serve_connection<I>(
     drain: Drain,
 ) -> impl Future<Output = ()>
 where
-    I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    I: ClientIo + Send + 'static,
 {
     serve_protocol(io, None, peer, proxy, settings, drain)
 }
@@ -204,7 +204,7 @@ async fn serve_protocol<I>(
     settings: &config::Server,
     mut drain: Drain,
 ) where
-    I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    I: ClientIo + Send + 'static,
 {
     let limits =
         EdgeLimits { header: settings.header_timeout, keep_alive: settings.keep_alive, write: settings.write_timeout };
@@ -271,10 +271,14 @@ async fn serve(
     peer: Option<IpAddr>,
     active: ActiveRequest,
 ) -> Result<Response<Tracked>, Infallible> {
-    let is_http1 = request.version() != Version::HTTP_2;
+    let version = request.version();
     let mut response = proxy.serve(request, peer).await;
-    if is_http1 && active.is_last() {
+    if version != Version::HTTP_2 && active.is_last() {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    if version == Version::HTTP_10 && response.body().size_hint().exact().is_none() {
+        // There are no chunks in HTTP/1.0: what breaks off, wherever, must not end as a whole answer does.
+        active.set_open_ended(true);
     }
     let response = response.map(|body| Tracked::new(body, active));
     // A client whose window is shut from the start never asks for the first chunk.
@@ -360,12 +364,13 @@ struct Tracked {
     body: ResponseBody,
     /// Where the answer has broken off, until hyper has had the time to write what came before that.
     broken_off: Option<BrokenOff>,
-    _active: ActiveRequest,
+    is_broken: bool,
+    active: ActiveRequest,
 }
 
 impl Tracked {
     fn new(body: ResponseBody, active: ActiveRequest) -> Self {
-        Self { body, broken_off: None, _active: active }
+        Self { body, broken_off: None, is_broken: false, active }
     }
 }
 
@@ -384,12 +389,13 @@ impl Body for Tracked {
             Poll::Ready(Some(Err(broken_off))) => {
                 // hyper drops what it has not written yet when a body fails, the head included. It writes when a body
                 // has nothing for now.
-                tracked.broken_off = Some(broken_off);
+                (tracked.broken_off, tracked.is_broken) = (Some(broken_off), true);
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
             }
             Poll::Ready(Some(Ok(_))) => streams::gave(),
-            Poll::Ready(None) | Poll::Pending => {}
+            Poll::Ready(None) => tracked.active.set_open_ended(false),
+            Poll::Pending => {}
         }
         frame
     }
@@ -400,6 +406,15 @@ impl Body for Tracked {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+impl Drop for Tracked {
+    fn drop(&mut self) {
+        // hyper need not ask for the end of a body that says by itself that nothing more is to come.
+        if !self.is_broken && self.is_end_stream() {
+            self.active.set_open_ended(false);
+        }
     }
 }
 

@@ -134,7 +134,6 @@ fn sorted(text: &str) -> Vec<&str> {
 
 /// The only end that such a body can have is the connection's, so what breaks off must not end like that.
 #[tokio::test]
-#[ignore = "known: hyper's server closes in good order where it should reset"]
 async fn an_answer_to_http_1_0_that_breaks_off_does_not_end_in_good_order() {
     let world = World::new("", |_| vec![send(chunked("4\r\nhalf\r\n")), Act::Close]).await;
     let answer = world.answer_to("GET /v1/files/a HTTP/1.0\r\n\r\n").await;
