@@ -31,6 +31,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::task::unconstrained;
 use tokio::time::Instant;
 
 use crate::config;
@@ -122,9 +123,11 @@ impl Default for DrainControl {
 }
 
 impl Drain {
+    /// Polled once, it wakes its task when the drain begins, however much that had done in its turn: tokio would have a task
+    /// whose budget is used up ask again ([`ends_before`] does not).
     async fn begun(&mut self) {
         // The control is gone only when the process ends.
-        let _ = self.stage.wait_for(|stage| *stage >= Stage::Draining).await;
+        let _ = unconstrained(self.stage.wait_for(|stage| *stage >= Stage::Draining)).await;
     }
 
     async fn over(&mut self) {
@@ -650,4 +653,37 @@ fn prepare(stream: std::net::TcpStream) -> io::Result<TcpStream> {
     // An event must not wait for the acknowledgement of the one before.
     stream.set_nodelay(true)?;
     Ok(stream)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::ready;
+
+    use tokio::task::coop::{has_budget_remaining, poll_proceed};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_connection_that_has_much_to_do_when_it_begins_hears_of_the_drain_all_the_same() {
+        let (control, drain) = DrainControl::new();
+        let connection = tokio::spawn(async move {
+            let (watched, mut waits) = (drain.clone(), drain);
+            // Its first turn uses up what a task may do in one, and after that there is nothing to do.
+            let mut first = true;
+            let busy = poll_fn(|cx| {
+                while first && has_budget_remaining() {
+                    ready!(poll_proceed(cx)).made_progress();
+                }
+                first = false;
+                Poll::<()>::Pending
+            });
+            ends_before(busy, &watched, async { waits.begun().await }).await
+        });
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+        control.begin();
+        let ended = tokio::time::timeout(LAST_CALL, connection).await.expect("it hears of the drain");
+        assert_eq!(ended.expect("no panic"), None);
+    }
 }
