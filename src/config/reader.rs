@@ -218,11 +218,11 @@ impl Drop for Section<'_> {
         let asked = self.asked.take();
         for (name, value) in table.iter().filter(|(name, _)| !asked.contains(&name.get_ref().as_ref())) {
             let line = self.document.line_of(name.span().start);
-            let hint = if self.is_named && value.get_ref().is_table() {
+            let hint = if let Some(known) = nearest(name.get_ref(), &asked) {
+                format!("did you mean {known:?}?")
+            } else if self.is_named && value.get_ref().is_table() {
                 let (kind, beginning) = self.path.split_once('.').unwrap_or_default();
                 format!("a name with a dot stands in quotes: [{kind}.\"{beginning}.{}\"]", name.get_ref())
-            } else if let Some(known) = nearest(name.get_ref(), &asked) {
-                format!("did you mean {known:?}?")
             } else if let Some(section) = self.at_home_in(name.get_ref()) {
                 format!("it belongs below [{section}]")
             } else {

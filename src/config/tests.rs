@@ -316,6 +316,7 @@ fn a_key_or_a_name_in_the_wrong_place_is_told_the_right_one() {
         ("listen = \"127.0.0.1:1\"\n", "line 1: listen: is not an option; it belongs below [server]"),
         ("requests = \"1/s\"\n", "line 1: requests: is not an option; it belongs below [limits]"),
         ("[models.gpt-4.1-mini]\n", "a name with a dot stands in quotes: [models.\"gpt-4.1-mini\"]"),
+        ("[clients.a]\nkey = \"k\"\nrequest = { rate = \"1/s\", burst = 2 }\n", "did you mean \"requests\"?"),
         ("[clients.a.b]\nkey = \"k\"\n", "a name with a dot stands in quotes: [clients.\"a.b\"]"),
         ("[queue]\nmax_waiting = \"7\"\n", "line 2: queue.max_waiting: is a string; "),
         ("[limits]\ntokens = 7\n", "line 2: limits.tokens: is an integer; "),
