@@ -259,13 +259,14 @@ impl Proxy {
             head.headers.get(&headers::REQUEST_ID).and_then(|id| HeaderValue::from_bytes(id.as_bytes()).ok());
         let endpoint = route::route(&head.method, head.uri.path()).and_then(|route| route.endpoint);
         let told = self.unless_cut(self.story(head, &mut asked, peer, &mut ledger)).await;
-        let mut response = match told {
+        let mut response = match told.unwrap_or_else(|| Err(Refusal::draining().into())) {
             Ok(answer) => self.respond(answer, endpoint, request_id, ledger),
             Err(failure) => {
                 // Of a story that was cut.
                 ledger.attempt_ends(AttemptResult::Cancelled);
                 if let (Some(unread), Version::HTTP_2) = (&mut asked.body, version) {
-                    body::discard(unread).await;
+                    // When weir ends, its last words do not wait for what the client still sends.
+                    self.unless_cut(body::discard(unread)).await;
                 }
                 let cause = failure.cause;
                 let mut response = self.fail(&settings.config, failure, endpoint, request_id, ledger);
@@ -283,13 +284,13 @@ impl Proxy {
         response
     }
 
-    /// A story to its end, unless weir's comes first.
-    async fn unless_cut<T>(&self, story: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-        let mut story = pin!(story);
+    /// Something to its end; `None` where weir's comes first.
+    async fn unless_cut<T>(&self, running: impl Future<Output = T>) -> Option<T> {
+        let mut running = pin!(running);
         let cut = || self.shared.books.cut_by_weir.load(Ordering::Relaxed);
-        poll_fn(|cx| match story.as_mut().poll(cx) {
-            Poll::Pending if cut() => Poll::Ready(Err(Refusal::draining().into())),
-            told => told,
+        poll_fn(|cx| match running.as_mut().poll(cx) {
+            Poll::Pending if cut() => Poll::Ready(None),
+            pending_or_done => pending_or_done.map(Some),
         })
         .await
     }

@@ -1,11 +1,19 @@
 //! A drain: nobody who was let in is turned away, and every connection ends as soon as it can.
 
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::Bytes;
+use http::Request;
+use http_body::Body;
+use hyper::client::conn::http2;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 
 use crate::gateway::{Step, answer, chunk, completion, error, event, stream_head};
-use crate::world::{CHAT, STREAM, World, chat, collect, over_http2};
+use crate::world::{CHAT, STREAM, World, chat, collect, join_all, over_http2};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -259,6 +267,41 @@ async fn who_has_no_answer_when_the_drain_is_over_is_refused_wherever_the_reques
     assert_eq!(world.metric_sum("weir_refused_total", "reason=\"drain\""), 4.0);
     world.settle().await;
     world.assert_nothing_held();
+}
+
+/// A body that ends when its client goes away.
+struct Endless;
+
+impl Body for Endless {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<http_body::Frame<Bytes>, Infallible>>> {
+        Poll::Pending
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_still_uploads_on_http2_when_the_drain_is_over_is_refused_at_once() {
+    let world = World::new("", |_| completion());
+    let io = TokioIo::new(world.connect());
+    let (mut sender, connection) = http2::handshake(TokioExecutor::new(), io).await.expect("weir speaks HTTP/2");
+    tokio::spawn(connection);
+    let uploads = ["/v1/chat/completions", "/nowhere"].map(|path| {
+        let request = Request::post(format!("http://weir.test{path}")).body(Endless).expect("a request");
+        tokio::spawn(sender.send_request(request))
+    });
+    world.settle().await;
+    world.drain();
+    world.end_drain();
+    let mut answers = Vec::new();
+    for answer in join_all(uploads).await {
+        answers.push(collect(answer.expect("an answer")).await.code());
+    }
+    assert_eq!((answers, world.elapsed()), (vec!["draining".to_owned(), "unknown_path".to_owned()], 0));
 }
 
 #[tokio::test(start_paused = true)]
