@@ -70,7 +70,7 @@ fn the_files_of_a_folder_import_each_other_in_no_circle() {
     let mut imports: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     for source in sources().iter().filter(|source| source.path.matches('/').count() == 2) {
         let (folder, own) = source.path.trim_end_matches(".rs").rsplit_once('/').expect("it is in a folder");
-        let siblings = source.production().flat_map(|(_, line)| line.split("super::").skip(1).map(first_word));
+        let siblings = source.production().flat_map(|(_, line)| line.split("super::").skip(1).flat_map(first_words));
         let paths = siblings.filter(|name| *name != own).map(|name| format!("{folder}/{name}"));
         imports.entry(format!("{folder}/{own}")).or_default().extend(paths);
     }
@@ -210,6 +210,12 @@ fn sources() -> Vec<Source> {
 /// The name that a path begins with.
 fn first_word(path: &str) -> &str {
     path.split(|c: char| !(c.is_alphanumeric() || c == '_')).next().unwrap_or_default()
+}
+
+/// The names that a path begins with: one, or each of a group in braces.
+fn first_words(path: &str) -> impl Iterator<Item = &str> {
+    let group = path.strip_prefix('{').map_or("", |group| group.split('}').next().unwrap_or_default());
+    group.split(',').map(str::trim).chain([path]).map(first_word)
 }
 
 /// Whether a line has `name::` or `use name`, and not as a part of a longer path or word.

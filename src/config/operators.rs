@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
+use super::reader::{Complaint, Document};
 use super::{Address, Complaints, Secret, loopback, read_file};
-use crate::config::reader::{Complaint, Document};
 
 /// Where operators ask a weir, and the token that it asks of them.
 ///
