@@ -186,9 +186,9 @@ impl Reloader {
         };
         result.into_iter().for_each(|result| self.proxy.metrics().reload(result, SystemTime::now()));
         match result {
-            Some(ReloadResult::Applied) => systemd::notify("STATUS=the last reload was applied"),
+            Some(ReloadResult::Applied) => systemd::say("the last reload was applied"),
             Some(ReloadResult::Refused) => {
-                systemd::notify("STATUS=the last reload was refused, and nothing has changed: the log says why");
+                systemd::say("the last reload was refused, and nothing has changed: the log says why");
             }
             None => {}
         }

@@ -10,6 +10,7 @@ use std::env;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::time::Duration;
 
 use listenfd::ListenFd;
 
@@ -151,10 +152,26 @@ fn not_connected(listener: std::net::TcpListener) -> io::Result<std::net::TcpLis
     }
 }
 
-/// Tells the service manager, where one wants to know: `READY=1`, `STOPPING=1`, or how it stands in words (`STATUS=…`).
+/// How long it is waited for a service manager to take a word that it needs.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Tells the service manager, where one wants to know: `READY=1`, `STOPPING=1`.
 pub fn notify(state: &str) {
+    tell(state, |socket| socket.set_write_timeout(Some(PATIENCE)));
+}
+
+/// Tells it how weir stands, in words. One that does not read what it is told holds up nobody.
+pub fn say(words: &str) {
+    tell(&format!("STATUS={words}"), |socket| socket.set_nonblocking(true));
+}
+
+fn tell(state: &str, patience: impl FnOnce(&UnixDatagram) -> io::Result<()>) {
     let Ok(path) = env::var("NOTIFY_SOCKET") else { return };
-    let told = address_of(&path).and_then(|address| UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address));
+    let told = address_of(&path).and_then(|address| {
+        let socket = UnixDatagram::unbound()?;
+        patience(&socket)?;
+        socket.send_to_addr(state.as_bytes(), &address)
+    });
     if let Err(error) = told {
         tracing::warn!(%error, state, "the service manager cannot be told (NOTIFY_SOCKET)");
     }

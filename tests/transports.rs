@@ -533,6 +533,24 @@ fn a_service_manager_is_told_what_became_of_a_reload() {
     assert_eq!(manager.heard(), "STOPPING=1");
 }
 
+#[test]
+fn a_service_manager_that_does_not_listen_holds_up_neither_reloads_nor_the_end() {
+    let manager = Manager::new();
+    let config = file("toml", &ports(""));
+    // More words than a socket holds that nobody reads.
+    let room: usize = std::fs::read_to_string("/proc/sys/net/unix/max_dgram_qlen")
+        .map_or(10, |text| text.trim().parse().expect("a number"));
+    let weir = Weir::start(weir_with(&config).env("NOTIFY_SOCKET", &manager.place.0));
+    weir.listening();
+    for _ in 0..room + 3 {
+        weir.signal("-HUP");
+        weir.says("the configuration was reloaded");
+    }
+    weir.terminate();
+    assert_eq!(weir.ends().0.code(), Some(0));
+    assert_eq!(manager.heard(), "READY=1");
+}
+
 // Stopping.
 
 /// Lets a weir listen that was told to stop before it has accepted anybody, until it has closed the listener; it goes on
