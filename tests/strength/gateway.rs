@@ -58,6 +58,8 @@ struct State {
     wrong: Mutex<Vec<String>>,
     /// Changes when idle connections are to be closed.
     quiet: watch::Sender<u64>,
+    /// While it is so, nobody is answered.
+    held: watch::Sender<bool>,
 }
 
 impl Gateway {
@@ -70,6 +72,7 @@ impl Gateway {
             counts: Mutex::default(),
             wrong: Mutex::default(),
             quiet: watch::Sender::new(0),
+            held: watch::Sender::new(false),
         });
         let reserved = socket(SocketAddr::from(([127, 0, 0, 1], 0)));
         let address = reserved.local_addr().expect("it is bound");
@@ -87,6 +90,15 @@ impl Gateway {
     /// What was wrong with requests that came.
     pub fn wrong(&self) -> Vec<String> {
         self.state.wrong.lock().expect("nobody panics with it").clone()
+    }
+
+    /// Answers nobody, until [`Gateway::release`].
+    pub fn hold(&self) {
+        self.state.held.send_replace(true);
+    }
+
+    pub fn release(&self) {
+        self.state.held.send_replace(false);
     }
 
     /// Closes all connections that carry no request.
@@ -210,6 +222,7 @@ impl State {
             let Some(asks) = self.read_body(wire, head, id, kind).await else { return After::Gone };
             asked = asks;
         }
+        let _ = self.held.subscribe().wait_for(|held| !held).await;
         for step in self.plan.script(id, number, kind, asked).moves {
             match step {
                 Move::Send(bytes) => {
