@@ -258,7 +258,7 @@ impl Proxy {
         let request_id =
             head.headers.get(&headers::REQUEST_ID).and_then(|id| HeaderValue::from_bytes(id.as_bytes()).ok());
         let endpoint = route::route(&head.method, head.uri.path()).and_then(|route| route.endpoint);
-        let told = self.unless_cut(self.story(head, &mut asked, peer, &mut ledger)).await;
+        let told = self.unless_cut(pin!(self.story(head, &mut asked, peer, &mut ledger))).await;
         let mut response = match told.unwrap_or_else(|| Err(Refusal::draining().into())) {
             Ok(answer) => self.respond(answer, endpoint, request_id, ledger),
             Err(failure) => {
@@ -266,7 +266,7 @@ impl Proxy {
                 ledger.attempt_ends(AttemptResult::Cancelled);
                 if let (Some(unread), Version::HTTP_2) = (&mut asked.body, version) {
                     // When weir ends, its last words do not wait for what the client still sends.
-                    self.unless_cut(body::discard(unread)).await;
+                    self.unless_cut(pin!(body::discard(unread))).await;
                 }
                 let cause = failure.cause;
                 let mut response = self.fail(&settings.config, failure, endpoint, request_id, ledger);
@@ -284,15 +284,13 @@ impl Proxy {
         response
     }
 
-    /// Something to its end; `None` where weir's comes first.
-    async fn unless_cut<T>(&self, running: impl Future<Output = T>) -> Option<T> {
-        let mut running = pin!(running);
+    /// Something to its end; `None` where weir's comes first. Taken by reference: an async function would keep room for it twice.
+    fn unless_cut<F: Future>(&self, mut running: Pin<&mut F>) -> impl Future<Output = Option<F::Output>> {
         let cut = || self.shared.books.cut_by_weir.load(Ordering::Relaxed);
-        poll_fn(|cx| match running.as_mut().poll(cx) {
+        poll_fn(move |cx| match running.as_mut().poll(cx) {
             Poll::Pending if cut() => Poll::Ready(None),
             pending_or_done => pending_or_done.map(Some),
         })
-        .await
     }
 
     /// The story of one request.
