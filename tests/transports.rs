@@ -174,11 +174,15 @@ impl Drop for Place {
 
 // A gateway.
 
-/// Answers every chat; a stream takes 300 ms. Keeps the target and Host of each request.
+/// Answers every chat; a stream goes on as others ask, so that some are always under way. Keeps the target and Host of each request.
 #[derive(Clone, Default)]
 struct Gateway {
     seen: Arc<Mutex<Vec<(String, String)>>>,
+    heard: Arc<watch::Sender<usize>>,
 }
+
+/// So many requests come between two events of a stream.
+const BETWEEN_EVENTS: usize = 10;
 
 impl Gateway {
     /// On a port of its own.
@@ -212,22 +216,30 @@ impl Gateway {
         tokio::spawn(connection);
     }
 
+    /// Nobody else asks from now on: streams wait for nobody.
+    fn let_go(&self) {
+        self.heard.send_replace(usize::MAX);
+    }
+
     async fn answer(self, request: Request<Incoming>) -> Result<Response<Events>, hyper::Error> {
         let host = request.headers()["host"].to_str().expect("text").to_owned();
         self.seen.lock().expect("nobody panics").push((request.uri().to_string(), host));
+        self.heard.send_modify(|heard| *heard = heard.saturating_add(1));
         let body = request.into_body().collect().await?.to_bytes();
         let is_stream = String::from_utf8_lossy(&body).contains("\"stream\":true");
         let (kind, left) = if is_stream { ("text/event-stream", 6) } else { ("application/json", 0) };
         let answer = Response::builder().header("content-type", kind);
-        Ok(answer.body(Events { left, is_stream, sleep: None, ended: false }).expect("an answer"))
+        Ok(answer.body(Events { left, is_stream, heard: self.heard, turn: None, ended: false }).expect("an answer"))
     }
 }
 
-/// A body: six events, 50 ms apart, or one piece of JSON.
+/// A body: six events, or one piece of JSON.
 struct Events {
     left: usize,
     is_stream: bool,
-    sleep: Option<std::pin::Pin<Box<tokio::time::Sleep>>>,
+    heard: Arc<watch::Sender<usize>>,
+    /// Until it is the next event's.
+    turn: Option<std::pin::Pin<Box<dyn Future<Output = ()> + Send>>>,
     ended: bool,
 }
 
@@ -249,9 +261,13 @@ impl http_body::Body for Events {
             self.ended = true;
             return piece(if self.is_stream { "data: [DONE]\n\n" } else { r#"{"choices":[]}"# });
         }
-        let sleep = self.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep(Duration::from_millis(50))));
-        std::task::ready!(sleep.as_mut().poll(cx));
-        self.sleep = None;
+        let mut heard = self.heard.subscribe();
+        let turn = self.turn.get_or_insert_with(|| {
+            let enough = heard.borrow().saturating_add(BETWEEN_EVENTS);
+            Box::pin(async move { _ = heard.wait_for(|heard| *heard >= enough).await })
+        });
+        std::task::ready!(turn.as_mut().poll(cx));
+        self.turn = None;
         self.left -= 1;
         piece("data: {\"choices\":[{\"index\":0,\"delta\":{\"content\":\"x\"}}]}\n\n")
     }
@@ -405,6 +421,7 @@ async fn clients_speak_http_over_tls_and_silent_handshakes_do_not_keep_them_out(
     let (address, admin) = parsed(weir.listening());
     // They take every place there is; with `header_timeout` each gives its own back.
     let silent: Vec<TcpStream> = (0..4).map(|_| TcpStream::connect(address).expect("the kernel takes it")).collect();
+    gateway.let_go();
     let answer = ask(identity.connect(address, b"http/1.1").await, "POST", "/v1/chat/completions", STREAM).await;
     assert!(answer.0 == 200 && answer.1.ends_with("data: [DONE]\n\n"), "{answer:?}");
     for mut silent in silent {
@@ -734,7 +751,8 @@ async fn read(
 #[tokio::test]
 async fn the_binary_is_replaced_under_load_and_no_request_fails() {
     let ((clients, address), (operators, admin)) = (tcp_socket(), tcp_socket());
-    let upstream = Gateway::default().start().await;
+    let gateway = Gateway::default();
+    let upstream = gateway.start().await;
     let config = format!("[upstream]\nbase_url = \"http://{upstream}/v1\"\n[limits]\nconcurrency = 64\n");
     let start = || {
         let weir = Weir::start(&mut weir_on(&config, [("listen", handed(&clients)), ("admin", handed(&operators))]));
@@ -764,6 +782,7 @@ async fn the_binary_is_replaced_under_load_and_no_request_fails() {
         serving = next;
     }
     stop.store(true, Ordering::Relaxed);
+    gateway.let_go();
     while running.join_next().await.is_some() {}
     let failures = tally.failures.lock().expect("nobody panics").join("\n");
     assert!(failures.is_empty(), "of {}:\n{failures}", *tally.answered.borrow());
